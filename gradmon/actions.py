@@ -1,0 +1,197 @@
+"""The only writer to optimizers and gradients: skips a step, scales gradients down, scales the learning rate.
+
+Two ways to the same result:
+
+- *general*, for every optimizer: the verdict is read on the host (one synchronisation), gradients are held aside as
+  `p.grad = None` so that `step()` does nothing, and put back afterwards with the groups' other entries. Zeroed
+  gradients would not be a skip: Adam moves on its moments, weight decay still decays, and 0 * NaN is NaN.
+- *fused*, for fused Adam and AdamW: the verdict never leaves the device. `optimizer.found_inf` skips inside the kernel
+  and gives the step count back; `optimizer.grad_scale` divides the gradients while the kernel reads them. Both are how
+  `torch.amp.GradScaler` talks to fused optimizers; where it does so too, its values are combined with ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+
+from gradmon import stats
+from gradmon.detector import Limits
+from gradmon.record import VERDICT_ACTIONS, VERDICT_REASONS
+
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The judgement over one step; 0-dim float64 tensors on the gradients' device, equal on all ranks."""
+
+    norm: Tensor
+    """Global, unscaled, before any clipping."""
+    applied_norm: Tensor
+    """What is left after the script's clip and ours; 0 for a skip."""
+    divisor: Tensor
+    """Gradients are to be divided by this; exactly 1 for a step that is left alone."""
+    skip: Tensor
+    """1 or 0."""
+    action: Tensor
+    """Index into VERDICT_ACTIONS."""
+    reason: Tensor
+    """Index into VERDICT_REASONS."""
+
+
+def judge(norm: Tensor, left: Tensor, limits: Limits) -> Verdict:
+    """Judge a step on the device, against the step's own norm, without waiting for it.
+
+    Args:
+        norm: global norm before any clipping, float64, 0-dim.
+        left: norm of what the script's own clip has left (`norm` where it has none).
+        limits: from the detector, computed from earlier steps.
+
+    Comparisons are written so that NaN means skip: `norm > limit` alone is False for NaN.
+    """
+    broken = ~norm.isfinite()
+    spike = norm > limits.spike_above
+    over = left > limits.max_norm
+    # full_like, not torch.tensor(x, device=...): the latter is a synchronous copy on CUDA
+    max_norm = torch.full_like(norm, limits.max_norm)
+    target = torch.where(spike, min(limits.rescale_to, limits.max_norm), max_norm)
+    rescale = ~broken & (left > target)
+    divisor = torch.where(rescale, left / target, 1.0)
+    action = torch.where(broken, float(VERDICT_ACTIONS.index("skip")), rescale.double())
+    reason = torch.where(
+        spike, float(VERDICT_REASONS.index("spike")), over.double() * VERDICT_REASONS.index("max_norm")
+    )
+    reason = torch.where(broken, float(VERDICT_REASONS.index("nonfinite")), reason)
+    applied = torch.where(broken, 0.0, torch.where(rescale, target, left))
+    return Verdict(norm, applied, divisor, broken.double(), action, reason)
+
+
+def unjudged(norm: Tensor) -> Verdict:
+    """The verdict over gradients that differ between ranks: leave them alone, keep them out of the baseline."""
+    zero = torch.zeros_like(norm)
+    reason = torch.full_like(norm, VERDICT_REASONS.index("unsynced"))
+    return Verdict(norm, norm, torch.ones_like(norm), zero, zero, reason)
+
+
+class OptimizerActions:
+    """What may be done to one optimizer in one step, and undone after it.
+
+    `before` and `after` enclose `optimizer.step()`. A step that raises never reaches `after`: the next `before`, and
+    `restore` by whoever reads the optimizer's state, put things back.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._aside: list[tuple[Tensor, Tensor]] = []
+        self._entries: list[dict[str, Any]] = []
+        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._attributes: dict[str, Any] = {}
+
+    def before(self, verdict: Verdict | None, learning_rate_scale: float) -> None:
+        """Carry out `verdict` (None: leave the gradients alone) and scale the learning rate for the step to come."""
+        self.restore()
+        if verdict is not None:
+            if takes_device_verdict(self.optimizer):
+                self._offer(verdict)
+            else:
+                self._carry_out(verdict)
+        if learning_rate_scale != 1.0:
+            self._scale_rate(learning_rate_scale)
+
+    def after(self) -> None:
+        """Undo everything that was for this step only."""
+        self.restore()
+
+    def before_state_dict(self, _optimizer: Optimizer) -> None:
+        """A checkpoint taken after a step that raised must not save what was for that step only."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Put back gradients, group entries, learning rates and attributes that are still changed, if any are."""
+        for group, rate in self._rates:
+            _set_rate(group, rate)
+        self._rates.clear()
+        for parameter, gradient in self._aside:
+            parameter.grad = gradient
+        for group, entries in zip(self.optimizer.param_groups, self._entries, strict=False):
+            group.update(entries)
+        self._aside.clear()
+        self._entries.clear()
+        for name, value in self._attributes.items():
+            if value is _MISSING:
+                vars(self.optimizer).pop(name, None)  # GradScaler may have deleted it already
+            else:
+                setattr(self.optimizer, name, value)
+        self._attributes.clear()
+
+    def _offer(self, verdict: Verdict) -> None:
+        """Let the fused kernel skip and divide. found_inf must be exactly 1 or 0, so two are joined by maximum."""
+        found = verdict.skip.float()
+        divisor = verdict.divisor.float()
+        theirs = getattr(self.optimizer, "found_inf", None)
+        if theirs is not None:
+            found = torch.maximum(found, theirs.to(found))
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:
+            divisor = divisor * scale.to(divisor)
+        for name, value in (("found_inf", found.reshape(())), ("grad_scale", divisor.reshape(()))):
+            self._attributes[name] = getattr(self.optimizer, name, _MISSING)
+            setattr(self.optimizer, name, value)
+
+    def _carry_out(self, verdict: Verdict) -> None:
+        # sync: the general way needs the verdict on the host, once per step and optimizer
+        skip, divisor = torch.stack((verdict.skip, verdict.divisor)).tolist()
+        if skip:
+            self._hold_aside()
+        elif divisor != 1.0:
+            gradients = [stats.dense(g) for g in self._gradients()]
+            torch._foreach_mul_(gradients, 1.0 / divisor)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _hold_aside(self) -> None:
+        for group in self.optimizer.param_groups:
+            # Schedule-free optimizers count steps in their groups.
+            self._entries.append({name: value for name, value in group.items() if name != "params"})
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._aside.append((parameter, parameter.grad))
+                    parameter.grad = None
+
+    def _scale_rate(self, scale: float) -> None:
+        for group in self.optimizer.param_groups:
+            rate = group["lr"]
+            if isinstance(rate, Tensor):  # capturable and compiled steps hold on to the tensor: change it in place
+                self._rates.append((group, rate.clone()))
+                rate.mul_(scale)
+            else:
+                self._rates.append((group, rate))
+                group["lr"] = rate * scale
+
+
+def takes_device_verdict(optimizer: Optimizer) -> bool:
+    """True for Adam and AdamW whose groups are all fused now (a loaded checkpoint can change that) on one device."""
+    if not isinstance(optimizer, (Adam, AdamW)) or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    groups = optimizer.param_groups
+    devices = {p.device for group in groups for p in group["params"]}
+    return len(devices) == 1 and all(group.get("fused") for group in groups)
+
+
+def learning_rate(optimizer: Optimizer) -> float | Tensor:
+    """The first group's rate; a tensor where it is one, so that nobody waits for it."""
+    rate: float | Tensor = optimizer.param_groups[0]["lr"]
+    return rate
+
+
+def _set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    if isinstance(rate, Tensor):
+        group["lr"].copy_(rate)
+    else:
+        group["lr"] = rate

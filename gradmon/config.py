@@ -1,0 +1,301 @@
+"""Configuration: frozen dataclasses, filled from an argument, the environment, a YAML file and a preset, in that order.
+
+Every field carries its own range, so that an error can name the field, the value, the range and the cure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Mode = Literal["guard", "observe"]
+Preset = Literal["gentle", "default", "strict"]
+Start = Literal["auto", "off"]
+
+ENVIRONMENT_PREFIX = "GRADMON_"
+#: Environment variables that other parts read, so that a misspelt setting can still be told from them.
+_OTHER_VARIABLES = frozenset({"GRADMON_CONFIG", "GRADMON_TEST_ALL"})
+_SHORT_VARIABLES = {"GRADMON_AGENT": "agent.start"}
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has the wrong type, or lies outside its range."""
+
+
+def _setting(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
+    """A field with its description and the range `low <= value <= high` (`low < value` if `above`)."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """The process that serves /metrics and the live page of this node."""
+
+    start: Start = _setting("auto", "auto: attach() starts an agent on local rank 0 where none runs; off: never")
+    listen: str = _setting("127.0.0.1", "address the agent listens on")
+    port: int = _setting(10855, "first port to try; the next free one is taken", low=0, high=65535)
+    linger_seconds: float | None = _setting(
+        None, "how long the agent serves on after the last rank; null: 600, and 0 in Slurm and containers", low=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ClipConfig:
+    """When a gradient is scaled down."""
+
+    max_norm: float | None = _setting(None, "fixed clip, as clip_grad_norm_ does; null: none", low=0, above=True)
+    spike_ratio: float = _setting(4.0, "a norm this many times the running median is a spike", low=1, above=True)
+    spike_sigmas: float = _setting(6.0, "and at least this many of the noise's standard deviations", low=1)
+
+
+@dataclass(frozen=True, slots=True)
+class BackoffConfig:
+    """When the learning rate is lowered, and how it comes back."""
+
+    after_spikes: int = _setting(2, "rescaled spikes in a row before the rate is lowered; 0: never", low=0)
+    factor: float = _setting(0.5, "factor on the learning rate, each time", low=0, high=1, above=True)
+    floor: float = _setting(0.05, "the scale never goes below this", low=0, high=1, above=True)
+    rewarm: float = _setting(1.02, "factor per healthy step, back to 1", low=1, above=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All of gradmon's settings. Build it with `load`, or directly with keywords."""
+
+    run: str | None = _setting(None, "name of the run; null: SLURM_JOB_NAME, else the script's name")
+    mode: Mode = _setting("guard", "guard: act; observe: measure, and say what would have been done")
+    preset: Preset = _setting("default", "gentle | default | strict: the thresholds to start from")
+    dir: str | None = _setting(None, "directory of the journals, on a local disk; null: the first that fits")
+    attach_timeout_seconds: float = _setting(60.0, "how long attach() waits for the other ranks", low=0, above=True)
+    journal_mib: int = _setting(64, "size of one rank's journal; older steps are forgotten", low=1)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    backoff: BackoffConfig = field(default_factory=BackoffConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested plain values, the shape of the YAML file."""
+        return dataclasses.asdict(self)
+
+
+#: What a preset changes against the defaults. `gentle` leaves more alone, `strict` steps in sooner.
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "gentle": {"clip.spike_ratio": 8.0, "clip.spike_sigmas": 8.0, "backoff.after_spikes": 4},
+    "default": {},
+    "strict": {"clip.spike_ratio": 3.0, "clip.spike_sigmas": 5.0, "backoff.after_spikes": 1},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A config, and for every field (`clip.spike_ratio`) where its value came from."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def load(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Put the settings together.
+
+    Args:
+        config: a finished `Config` (taken as it is), a mapping like the YAML file's, or the path of such a file.
+            None: the file named by GRADMON_CONFIG, if any.
+        environ: the environment, `os.environ` if None. `GRADMON_BACKOFF__FACTOR=0.3` sets `backoff.factor`.
+
+    Raises:
+        ConfigError: names the field, the value and the cure.
+    """
+    environ = os.environ if environ is None else environ
+    if isinstance(config, Config):
+        return Loaded(config, dict.fromkeys(_fields(), "argument"))
+    settings: dict[str, tuple[Any, str]] = {}
+    if config is None and environ.get("GRADMON_CONFIG"):
+        config = environ["GRADMON_CONFIG"]
+    if isinstance(config, Mapping):
+        argument, file = config, None
+    else:
+        argument, file = {}, config
+    if file is not None:
+        settings.update(_flatten(_read_file(Path(file)), str(file)))
+    settings.update(_from_environment(environ))
+    settings.update(_flatten(argument, "argument"))
+    preset = str(settings.get("preset", ("default", ""))[0])
+    chosen = PRESETS.get(preset, {})  # a bad preset is reported by _check
+    for name, value in chosen.items():
+        settings.setdefault(name, (value, f"preset {preset}"))
+    origins = {name: settings[name][1] if name in settings else "default" for name in _fields()}
+    return Loaded(_build({name: value for name, (value, _) in settings.items()}, origins), origins)
+
+
+def _fields() -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
+    """Dotted name -> (type, field) of every leaf of `Config`."""
+    found: dict[str, tuple[Any, dataclasses.Field[Any]]] = {}
+    for top in dataclasses.fields(Config):
+        kind = typing.get_type_hints(Config)[top.name]
+        if dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind)
+            found.update({f"{top.name}.{f.name}": (hints[f.name], f) for f in dataclasses.fields(kind)})
+        else:
+            found[top.name] = (kind, top)
+    return found
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} must hold `name: value` lines (got a {type(content).__name__})")
+    return content
+
+
+def _flatten(nested: Mapping[str, Any], origin: str) -> dict[str, tuple[Any, str]]:
+    names = _fields()
+    sections = {name.partition(".")[0] for name in names if "." in name}
+    flat: dict[str, tuple[Any, str]] = {}
+    for key, value in nested.items():
+        if key in sections:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{key} (from {origin}) must be a group of settings (got {value!r})")
+            flat.update({f"{key}.{inner}": (v, origin) for inner, v in value.items()})
+        else:
+            flat[str(key)] = (value, origin)
+    for name in flat:
+        if name not in names:
+            raise ConfigError(f"unknown setting {name} (from {origin}){_suggest(name, names)}")
+    return flat
+
+
+def _suggest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known settings: {', '.join(known)}"
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    names = {ENVIRONMENT_PREFIX + name.replace(".", "__").upper(): name for name in _fields()} | _SHORT_VARIABLES
+    found: dict[str, tuple[Any, str]] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _OTHER_VARIABLES:
+            continue
+        if variable not in names:
+            raise ConfigError(f"unknown environment variable {variable}{_suggest(variable, names)}")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            value = text
+        if value is not None and _takes_text(_fields()[names[variable]][0]):
+            value = text  # a run called 123 stays a text
+        found[names[variable]] = (value, f"environment {variable}")
+    return found
+
+
+def _takes_text(kind: Any) -> bool:
+    return kind is str or any(option is str or isinstance(option, str) for option in typing.get_args(kind))
+
+
+def _build(flat: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        section, dot, inner = name.partition(".")
+        if dot:
+            sections.setdefault(section, {})[inner] = value
+        else:
+            top[name] = value
+    kinds = typing.get_type_hints(Config)
+    for section, values in sections.items():
+        top[section] = kinds[section](**values)
+    try:
+        return Config(**top)
+    except ConfigError as error:
+        name = str(error).partition(" ")[0]
+        raise ConfigError(f"{error} [from {origins.get(name, 'argument')}]") from None
+
+
+def _check(config: Config) -> None:
+    for name, (kind, spec) in _fields().items():
+        section, dot, inner = name.partition(".")
+        holder = getattr(config, section) if dot else config
+        value = getattr(holder, inner if dot else section)
+        fixed = _checked(name, kind, spec, value)
+        if fixed is not value:
+            object.__setattr__(holder, inner if dot else section, fixed)
+
+
+def _checked(name: str, kind: Any, spec: dataclasses.Field[Any], value: Any) -> Any:
+    """`value` as the field's type, or a ConfigError."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    choices = typing.get_args(kind)
+    if choices:
+        if isinstance(value, bool):  # YAML reads a bare `off` as false
+            value = "on" if value else "off"
+        if value not in choices:
+            shown = " | ".join(map(str, choices))
+            raise ConfigError(f"{name} must be one of {shown} (got {value!r})")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be {_NOUNS[kind]} (got {value!r}): {spec.metadata['help']}")
+    low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
+    if kind is str:
+        return value
+    if not ((low < value if above else low <= value) and value <= high and math.isfinite(value)):
+        raise ConfigError(f"{name} must be {_range(low, high, above)} (got {value!r}): {spec.metadata['help']}")
+    return value
+
+
+_NOUNS = {int: "a whole number", float: "a number", str: "a text"}
+
+
+def _range(low: float, high: float, above: bool) -> str:
+    parts = []
+    if math.isfinite(low):
+        parts.append(f"{'above' if above else 'at least'} {low:g}")
+    if math.isfinite(high):
+        parts.append(f"at most {high:g}")
+    return " and ".join(parts) or "finite"
+
+
+def describe(loaded: Loaded) -> str:
+    """The effective config as YAML, each line with where its value comes from and what it means."""
+    lines: list[str] = []
+    section = ""
+    for name, (_, spec) in _fields().items():
+        head, dot, inner = name.partition(".")
+        holder = getattr(loaded.config, head) if dot else loaded.config
+        value = getattr(holder, inner if dot else head)
+        if dot and head != section:
+            lines.append(f"{head}:")
+        section = head if dot else ""
+        shown = yaml.safe_dump(value).splitlines()[0]
+        setting = f"{'  ' if dot else ''}{inner if dot else head}: {shown}"
+        lines.append(f"{setting:<34} # {loaded.origins[name]}; {spec.metadata['help']}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,486 @@
+"""The journal: one SQLite file per rank, written by a thread of the training process, read by the agent.
+
+    DIR/<run>/<instance>/<attempt>/rank-00007.db       steps, events, counters, samples, meta
+    DIR/<run>/<instance>/<attempt>/rank-00007.lock     flock held by the rank for its life
+
+The training thread only puts objects into a queue. The writer's thread waits until the device has delivered a step,
+decodes it, and commits at once: what is committed survives SIGKILL, because SQLite's write-ahead log is then in the
+page cache of the kernel. A free lock means the rank is gone, also across containers; a process id is never asked,
+since zombies answer and containers number their own.
+
+The writer ends by leaving WAL mode, so that an agent of another user can read the finished file without writing
+beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from urllib.parse import quote
+
+from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Event, RankIdentity, StepRecord
+
+#: Written into `PRAGMA user_version`. A reader knows this one and two before it, and reports newer ones.
+FORMAT_VERSION = 1
+HEARTBEAT_SECONDS = 5.0
+SAMPLE_SECONDS = 2.0
+#: A rank whose heartbeat is older than this does not run its threads any more.
+STUCK_SECONDS = 3 * HEARTBEAT_SECONDS
+#: Steps the writer may lie behind before new ones are dropped (and counted): memory stays bounded on a dead disk.
+QUEUE_LIMIT = 10_000
+#: Without a step for this long a living rank is called busy instead of running.
+BUSY_SECONDS = 30.0
+_BATCH = 512
+_TRIM_EVERY = 512
+_SAMPLE_PREFIX = "sample:"
+
+_SCHEMA = f"""
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE steps (id INTEGER PRIMARY KEY, {", ".join(STEP_FIELDS)});
+CREATE TABLE events (id INTEGER PRIMARY KEY, {", ".join(EVENT_FIELDS)});
+CREATE TABLE counters (name TEXT, labels TEXT, value REAL NOT NULL, PRIMARY KEY (name, labels)) WITHOUT ROWID;
+CREATE TABLE state (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+PRAGMA user_version = {FORMAT_VERSION};
+"""
+_INSERT_STEP = f"INSERT INTO steps ({', '.join(STEP_FIELDS)}) VALUES ({', '.join('?' * len(STEP_FIELDS))})"  # noqa: S608
+_INSERT_EVENT = f"INSERT INTO events ({', '.join(EVENT_FIELDS)}) VALUES ({', '.join('?' * len(EVENT_FIELDS))})"  # noqa: S608
+_PUT_STATE = "INSERT OR REPLACE INTO state VALUES (?, ?)"
+_PUT_COUNTER = "INSERT OR REPLACE INTO counters VALUES (?, ?, ?)"
+
+End = Literal["finished", "exception"]
+RankState = Literal["running", "busy", "stuck", "finished", "exception", "crashed"]
+#: A counter's name and its labels beside run and rank, in the order METRICS lists them.
+CounterKey = tuple[str, tuple[str, ...]]
+
+
+class Landing(Protocol):
+    """A step on its way from the device to the host."""
+
+    def landed(self) -> bool:
+        """True once the values are readable without waiting."""
+
+    def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
+        """The step and what is to be told of it. Called once, on the writer's thread."""
+
+
+_Item = Landing | Event | Counter[CounterKey] | threading.Event | None
+
+
+def journal_path(directory: Path, identity: RankIdentity) -> Path:
+    """Where `identity` writes below `directory`."""
+    folder = directory / identity.run / identity.instance / str(identity.attempt)
+    return folder / f"rank-{identity.rank:05d}.db"
+
+
+def count_step(record: StepRecord, rank: int) -> Counter[CounterKey]:
+    """What one step adds to the counters of `rank`'s journal. Pure."""
+    added: Counter[CounterKey] = Counter()
+    added["gradmon_steps_total", ()] = 1
+    added["gradmon_local_nonfinite_elements_total", ("nan",)] = record.local_nan_count
+    added["gradmon_local_nonfinite_elements_total", ("inf",)] = record.local_inf_count
+    added["gradmon_nonfinite_elements_total", ("nan",)] = record.nan_count
+    added["gradmon_nonfinite_elements_total", ("inf",)] = record.inf_count
+    added["gradmon_nonfinite_steps_total", ()] = int(record.reason == "nonfinite")
+    added["gradmon_nonfinite_losses_total", ()] = int(record.loss is not None and not math.isfinite(record.loss))
+    for kind in ("spike", "nonfinite"):  # both are born at 0: a counter first seen above 0 fires no alert
+        added["gradmon_incidents_total", (kind,)] = int(record.reason == kind and record.culprit_rank == rank)
+    applied = "yes" if record.applied else "no"
+    for action, reason in (("rescale", "spike"), ("rescale", "max_norm"), ("skip", "nonfinite")):
+        done = int(record.action == action and record.reason == reason)
+        added["gradmon_actions_total", (action, reason, applied)] = done
+    added["gradmon_actions_total", ("backoff", "spike_streak", applied)] += 0
+    return added
+
+
+def count_event(event: Event) -> Counter[CounterKey]:
+    """What an event adds that no step record has counted already. Pure."""
+    if event.action != "backoff":
+        return Counter()
+    return Counter({("gradmon_actions_total", ("backoff", event.kind, "yes" if event.applied else "no")): 1})
+
+
+class JournalWriter:
+    """Takes steps from the training thread and writes them from a thread of its own. Never raises after `__init__`.
+
+    Raises:
+        OSError: the directory can't be written.
+        BlockingIOError: another living process holds this rank's lock.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: RankIdentity,
+        *,
+        parameters: list[str],
+        config: Mapping[str, object],
+        sample: Callable[[], Mapping[str, float]],
+        max_bytes: int = 64 << 20,
+        on_error: Callable[[str, Exception], None] = lambda _part, _error: None,
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._rank = identity.rank
+        self._sample = sample
+        self._max_bytes = max_bytes
+        self._on_error = on_error
+        self._lock = _hold_lock(path.with_suffix(".lock"))
+        self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._counters: Counter[CounterKey] = Counter()
+        self._unwritten: set[CounterKey] = set()
+        self._dropped = 0
+        self._since_trim = 0
+        self._memory_bytes: int | None = None
+        self._next_beat = self._next_sample = 0.0
+        self._end: tuple[End, str] = ("finished", "")
+        self._connection = self._create(identity, parameters, config)
+        self._thread = threading.Thread(target=self._run, name="gradmon-journal", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Landing | Event) -> None:
+        """Hand over a step or an event; costs the caller one queue operation."""
+        if self._queue.qsize() < QUEUE_LIMIT:
+            self._queue.put(item)
+        else:
+            self._dropped += 1
+
+    def count(self, name: str, labels: tuple[str, ...] = (), amount: int = 1) -> None:
+        """Add to a counter from any thread; written with the next commit."""
+        self._queue.put(Counter({(name, labels): amount}))
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until everything put so far is committed. False after `timeout` seconds."""
+        done = threading.Event()
+        self._queue.put(done)
+        return done.wait(timeout)
+
+    def close(self, end: End, detail: str = "", timeout: float = 5.0) -> None:
+        """Write the last row, leave WAL mode and give the lock back. A second call does nothing."""
+        if self._lock < 0:
+            return
+        self._end = (end, detail)
+        self._queue.put(None)
+        self._thread.join(timeout)  # a dead disk must not hold the end of training for ever
+        _drop_lock(self._lock)
+        self._lock = -1
+
+    def _create(
+        self, identity: RankIdentity, parameters: list[str], config: Mapping[str, object]
+    ) -> sqlite3.Connection:
+        for suffix in ("", "-wal", "-shm"):  # we hold the lock: what lies here belongs to nobody
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        # The kernel's page cache survives the death of the process; only a power cut could lose the newest commits.
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute(f"PRAGMA journal_size_limit = {4 << 20}")
+        meta = {**dataclasses.asdict(identity), "parameters": parameters, "config": dict(config)}
+        connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        connection.execute("BEGIN")
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in meta.items()])
+        self._write_due(connection)
+        connection.execute("COMMIT")
+        return connection
+
+    def _run(self) -> None:
+        while self._write_batch():
+            pass
+        try:
+            with self._transaction() as connection:
+                end, detail = self._end
+                connection.executemany(_PUT_STATE, [("end", end), ("end_detail", detail), ("end_seconds", time.time())])
+                self._write_counters(connection)
+            self._leave_wal()
+        except Exception as error:
+            self._on_error("journal", error)
+        finally:
+            self._connection.close()
+
+    def _write_batch(self) -> bool:
+        """Wait for work, write all that is there in one transaction. False at the end."""
+        wait = max(0.0, min(self._next_beat, self._next_sample) - time.monotonic())
+        items: list[_Item] = []
+        with contextlib.suppress(queue.Empty):
+            items.append(self._queue.get(timeout=wait))
+            while len(items) < _BATCH:
+                items.append(self._queue.get_nowait())
+        try:
+            with self._transaction() as connection:
+                for item in items:
+                    self._write_item(connection, item)
+                self._write_due(connection)
+                self._write_counters(connection)
+            self._trim(len(items))
+        except Exception as error:
+            self._add(Counter({("gradmon_errors_total", ("journal",)): 1}))
+            self._on_error("journal", error)
+            time.sleep(0.05)  # a disk that is full now stays full for a while
+        for item in items:
+            if isinstance(item, threading.Event):
+                item.set()
+        return None not in items
+
+    def _write_item(self, connection: sqlite3.Connection, item: _Item) -> None:
+        if isinstance(item, Event):
+            connection.execute(_INSERT_EVENT, _to_row(item, EVENT_FIELDS))
+            self._add(count_event(item))
+        elif isinstance(item, Counter):
+            self._add(item)
+        elif item is not None and not isinstance(item, threading.Event):
+            self._write_step(connection, item)
+
+    def _write_step(self, connection: sqlite3.Connection, landing: Landing) -> None:
+        if not landing.landed():
+            connection.execute("COMMIT")  # what is complete must not wait for what is not
+            while not landing.landed():
+                time.sleep(0.0005)  # polling, not waiting on the event: a hung GPU must not stop the heartbeat
+                self._write_due(connection)
+            connection.execute("BEGIN")
+        record, events = landing.record(self._memory_bytes)
+        connection.execute(_INSERT_STEP, _to_row(record, STEP_FIELDS))
+        connection.execute(_PUT_STATE, ("step_monotonic", time.monotonic()))
+        self._add(count_step(record, self._rank))
+        for event in events:
+            self._write_item(connection, event)
+
+    def _write_due(self, connection: sqlite3.Connection) -> None:
+        """Heartbeat and resource sample, each when its time has come."""
+        now = time.monotonic()
+        if now >= self._next_sample:
+            self._next_sample = now + SAMPLE_SECONDS
+            sample = self._sample()
+            memory = sample.get("gpu_memory_allocated_bytes", sample.get("resident_memory_bytes"))
+            self._memory_bytes = None if memory is None else int(memory)
+            connection.executemany(_PUT_STATE, [(_SAMPLE_PREFIX + k, v) for k, v in sample.items()])
+        if now >= self._next_beat:
+            self._next_beat = now + HEARTBEAT_SECONDS
+            connection.executemany(_PUT_STATE, [("beat_monotonic", now), ("beat_seconds", time.time())])
+
+    def _add(self, added: Counter[CounterKey]) -> None:
+        for key, amount in added.items():
+            if amount or key not in self._counters:  # a first 0 is written: counters are born at 0
+                self._counters[key] += amount
+                self._unwritten.add(key)
+
+    def _write_counters(self, connection: sqlite3.Connection) -> None:
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            self._add(Counter({("gradmon_errors_total", ("journal_behind",)): dropped}))
+        rows = [(name, json.dumps(labels), self._counters[name, labels]) for name, labels in self._unwritten]
+        connection.executemany(_PUT_COUNTER, rows)
+        self._unwritten.clear()
+
+    def _trim(self, written: int) -> None:
+        """Keep the file below its limit by forgetting the oldest fifth; SQLite reuses the pages it held."""
+        self._since_trim += written
+        if self._since_trim < _TRIM_EVERY:
+            return
+        self._since_trim = 0
+        pages, free, page_size = (
+            self._connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        if (pages - free) * page_size > 0.9 * self._max_bytes:
+            for table in ("steps", "events"):
+                self._connection.execute(
+                    f"DELETE FROM {table} WHERE id <= (SELECT min(id) + (max(id) - min(id)) / 5 FROM {table})"  # noqa: S608
+                )
+
+    def _leave_wal(self) -> None:
+        """Fails while a reader has the file open, which readers never have for long: so try for a while."""
+        for _ in range(40):
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._connection.execute("PRAGMA journal_mode = DELETE")
+                return
+            time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._connection.execute("BEGIN")
+        try:
+            yield self._connection
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class JournalView:
+    """What a reader saw in one consistent look at a journal."""
+
+    identity: RankIdentity
+    parameters: int
+    """Number of parameters watched."""
+    steps: list[tuple[int, StepRecord]]
+    """(id, record) of what is new since the id asked for, oldest first."""
+    events: list[tuple[int, Event]]
+    counters: dict[CounterKey, float]
+    samples: dict[str, float]
+    state: RankState
+    detail: str
+    """For `exception`, its type and message."""
+    beat_seconds: float
+    """Unix time of the newest heartbeat."""
+    beat_age_seconds: float
+    step_age_seconds: float | None
+    """Age of the newest step by the monotonic clock; None before the first, or when this host was booted since."""
+
+
+class JournalVersionError(Exception):
+    """The journal was written by a newer gradmon than this reader."""
+
+
+def read_journal(path: Path, *, after_step: int = 0, after_event: int = 0, limit: int = 20_000) -> JournalView:
+    """Read what is new in a journal, without ever writing to it or keeping it open.
+
+    Args:
+        path: the `.db` file.
+        after_step: id of the newest step seen so far; only later ones are returned.
+        after_event: the same for events.
+        limit: beyond so many new steps only evenly spaced ones are returned, with the incidents and the newest few
+            hundred: a reader that comes late sees the whole run. Never more than twice as many.
+
+    Raises:
+        sqlite3.Error: not a database, damaged, or locked.
+        JournalVersionError: written by a newer gradmon.
+        FileNotFoundError: it is gone.
+        ValueError, KeyError: a database, but not a journal.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None, timeout=1.0)
+    try:
+        connection.execute("BEGIN")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > FORMAT_VERSION:
+            raise JournalVersionError(
+                f"{path} has journal format {version}; this gradmon reads up to {FORMAT_VERSION}: upgrade the agent"
+            )
+        return _view(connection, path, after_step, after_event, limit)
+    finally:
+        connection.close()
+
+
+def _view(connection: sqlite3.Connection, path: Path, after_step: int, after_event: int, limit: int) -> JournalView:
+    meta = {key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM meta")}
+    state = dict(connection.execute("SELECT key, value FROM state"))
+    steps = _new_steps(connection, after_step, limit)
+    events = connection.execute(
+        f"SELECT id, {', '.join(EVENT_FIELDS)} FROM events WHERE id > ? ORDER BY id DESC LIMIT ?",  # noqa: S608
+        (after_event, limit),
+    ).fetchall()
+    counters = connection.execute("SELECT name, labels, value FROM counters").fetchall()
+    now = time.monotonic()
+    beat_age = now - state["beat_monotonic"]
+    step_monotonic = state.get("step_monotonic")
+    return JournalView(
+        identity=RankIdentity(**{name: meta[name] for name in RankIdentity.__dataclass_fields__}),
+        parameters=len(meta["parameters"]),
+        steps=[(row[0], StepRecord(*map(_from_cell, row[1:]))) for row in reversed(steps)],
+        events=[(row[0], Event(*map(_from_cell, row[1:]))) for row in reversed(events)],
+        counters={(name, tuple(json.loads(labels))): value for name, labels, value in counters},
+        samples={k[len(_SAMPLE_PREFIX) :]: v for k, v in state.items() if k.startswith(_SAMPLE_PREFIX)},
+        state=_rank_state(state, is_held(path.with_suffix(".lock")), beat_age, step_monotonic),
+        detail=str(state.get("end_detail", "")),
+        beat_seconds=state["beat_seconds"],
+        beat_age_seconds=beat_age,
+        # The monotonic clock starts at boot: a step from before the last boot seems to lie in the future.
+        step_age_seconds=None if step_monotonic is None or step_monotonic > now else now - step_monotonic,
+    )
+
+
+def _new_steps(connection: sqlite3.Connection, after_step: int, limit: int) -> list[tuple[Any, ...]]:
+    """Rows of the steps table, newest first."""
+    oldest, newest = connection.execute("SELECT min(id), max(id) FROM steps").fetchone()
+    new = 0 if newest is None else max(0, newest - max(oldest - 1, after_step))
+    return connection.execute(
+        f"SELECT id, {', '.join(STEP_FIELDS)} FROM steps WHERE id > ?"  # noqa: S608
+        " AND (id % ? = 0 OR id > ? OR reason NOT IN ('healthy', 'max_norm')) ORDER BY id DESC LIMIT ?",
+        (after_step, -(-new // limit) or 1, (newest or 0) - _BATCH, 2 * limit),
+    ).fetchall()
+
+
+def _rank_state(state: Mapping[str, object], held: bool, beat_age: float, step_monotonic: float | None) -> RankState:
+    end = state.get("end")
+    if end is not None:
+        return "finished" if end == "finished" else "exception"
+    if not held:
+        return "crashed"
+    if not 0 <= beat_age <= STUCK_SECONDS:
+        return "stuck"
+    # A rank that has a heartbeat and makes no step: evaluation, checkpoint, compilation, or a hang in a collective.
+    step_age = math.inf if step_monotonic is None else time.monotonic() - step_monotonic
+    return "running" if step_age <= BUSY_SECONDS else "busy"
+
+
+def _to_row(item: StepRecord | Event, fields: tuple[str, ...]) -> list[object]:
+    # SQLite has no NaN: it would become NULL, and a norm that is NaN must not read as "not measured".
+    values = (getattr(item, f) for f in fields)
+    return ["nan" if isinstance(v, float) and v != v else v for v in values]
+
+
+def _from_cell(value: object) -> Any:
+    return math.nan if value == "nan" else value
+
+
+_held_descriptors: set[int] = set()
+
+
+def _hold_lock(path: Path) -> int:
+    """Take the lock for the life of this process; a reader that looks at it holds it for microseconds, so try again."""
+    if not _held_descriptors and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_close_inherited)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    for attempt in range(20):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if attempt == 19:
+                os.close(descriptor)
+                raise
+            time.sleep(0.05)
+        else:
+            _held_descriptors.add(descriptor)
+            return descriptor
+    raise AssertionError  # pragma: no cover
+
+
+def _drop_lock(descriptor: int) -> None:
+    _held_descriptors.discard(descriptor)
+    os.close(descriptor)
+
+
+def _close_inherited() -> None:
+    """In a forked child (a DataLoader worker): a lock it shares would outlive the rank it stands for."""
+    while _held_descriptors:
+        os.close(_held_descriptors.pop())
+
+
+def is_held(path: Path) -> bool:
+    """True while a living process holds the flock on `path`; False also if the file is not there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

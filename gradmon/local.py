@@ -1,0 +1,182 @@
+"""Statistics of this rank's own gradients, before the all-reduce, from a DDP communication hook.
+
+Only before the all-reduce can the rank that broke be told from the others. The hook measures every bucket, then does
+what DDP does without a hook: multiply by 1/world_size, all-reduce. (DDP multiplies while it copies into the bucket;
+the stock `allreduce_hook` divides, which is a different number for 3 ranks.)
+
+From the last bucket's hook one small all-reduce shares a row per rank, on DDP's own process group. There every rank
+calls it in the same order, also under `no_sync`, `Join`, unused parameters and static graphs; at step time it would
+hang under `Join`.
+
+DDP can't remove a hook. On detach ours turns into a plain pass-through, and the next attach finds it again.
+
+Legend: W ranks, R columns of a rank's row (`ROW`), P parameters, K statistics.
+"""
+
+# No `from __future__ import annotations`: DDP compares the hook's annotations with types.
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from gradmon import stats
+
+#: What each rank tells the others about its own gradients in a step. Parameters are numbered from 1; 0 means none.
+ROW = ("sum_of_squares", "nan_count", "inf_count", "first_nonfinite", "largest", "errors")
+ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_FIRST_NONFINITE, ROW_LARGEST, ROW_ERRORS = range(len(ROW))
+
+
+class HookTakenError(RuntimeError):
+    """The DDP object has a communication hook that is not ours."""
+
+
+def rank_row(stats_PK: Tensor, order_P: Tensor, errors: int = 0) -> Tensor:
+    """Sum up one rank's statistics.
+
+    Args:
+        stats_PK: in the order in which backward finished the gradients.
+        order_P: for each row the parameter's number, from 1.
+        errors: failures of gradmon itself on this rank so far.
+
+    Returns:
+        row_R, float64, on the device of `stats_PK`; nothing is read back.
+    """
+    squares_P = stats_PK[:, stats.SUM_OF_SQUARES]
+    broken_P = ~squares_P.isfinite()
+    first = broken_P.to(torch.int8).argmax()
+    largest = torch.where(broken_P, -1.0, squares_P).argmax()
+    sums_K = stats_PK.sum(0)
+    return torch.stack(
+        [
+            sums_K[stats.SUM_OF_SQUARES],
+            sums_K[stats.NAN_COUNT],
+            sums_K[stats.INF_COUNT],
+            torch.where(broken_P.any(), order_P[first], 0).double(),
+            order_P[largest].double(),
+            torch.full_like(sums_K[0], errors),
+        ]
+    )
+
+
+class LocalHook:
+    """The communication hook of one DDP object, for all attachments of its life."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.group = model.process_group
+        self.world_size = dist.get_world_size(self.group)
+        self.rank = dist.get_rank(self.group)
+        self.active = False
+        self.host_reads: bool | None = None
+        self.errors = 0
+        self.on_error: Callable[[Exception], None] = lambda _error: None
+        self._numbers: dict[int, int] = {}
+        self._parts: list[Tensor] = []
+        self._arrived: list[int] = []
+        self._orders: dict[tuple[int, ...], Tensor] = {}
+        self._rows: tuple[dist.Work, Tensor] | None = None
+
+    def start(self, parameters: Sequence[Tensor], on_error: Callable[[Exception], None]) -> None:
+        """Measure from the next backward on. `parameters` gives the numbers used in the rows."""
+        self._numbers = {id(p): number for number, p in enumerate(parameters, start=1)}
+        self.on_error = on_error
+        self.errors = 0
+        self._parts, self._arrived, self._rows = [], [], None
+        self.active = True
+
+    def stop(self) -> None:
+        """Become a pass-through. To be called on all ranks between the same two steps."""
+        self.active = False
+        self._parts, self._arrived, self._rows = [], [], None
+
+    def take_rows(self) -> Tensor | None:
+        """rows_WR of the newest synchronised backward, equal on all ranks; None if there was none since the last call.
+
+        The device's stream waits for the all-reduce, the host does not (gloo's does: its tensors live on the host).
+        """
+        if self._rows is None:
+            return None
+        work, rows_WR = self._rows
+        self._rows = None
+        work.wait()
+        return rows_WR
+
+    def forward(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """What DDP calls for every bucket."""
+        row: Tensor | None = None
+        if self.active:
+            try:
+                row = self._measure(bucket)
+            except Exception as error:
+                self._failed(error)
+        # bit-identical to DDP without a hook
+        buffer = bucket.buffer().mul_(1.0 / self.world_size)
+        reduced = dist.all_reduce(buffer, group=self.group, async_op=True).get_future()
+        if self.active and bucket.is_last():
+            self._share(row, buffer.device)
+        return cast("torch.futures.Future[Tensor]", reduced.then(_first_tensor))
+
+    def _measure(self, bucket: GradBucket) -> Tensor | None:
+        """Measure a bucket; at the last one, the rank's row."""
+        if bucket.index() == 0:
+            self._parts, self._arrived = [], []
+        numbers = [self._numbers.get(id(p), 0) for p in bucket.parameters()]
+        # DDP averages parameters that no optimizer uses, too; they have no number and are not ours to judge.
+        gradients = [g for g, number in zip(bucket.gradients(), numbers, strict=True) if number]
+        self._parts.append(stats.measure(gradients, host_reads=self.host_reads))
+        self._arrived.extend(filter(None, numbers))
+        if not bucket.is_last():
+            return None
+        stats_PK = torch.cat(self._parts)
+        arrived = tuple(self._arrived)
+        order_P = self._orders.get(arrived)
+        if order_P is None:  # the order changes once, when DDP rebuilds its buckets
+            order_P = self._orders[arrived] = torch.tensor(arrived, device=stats_PK.device)
+        return rank_row(stats_PK, order_P, self.errors)
+
+    def _share(self, row: Tensor | None, device: torch.device) -> None:
+        """Every rank must come here in every synchronised backward, whatever went wrong before."""
+        rows_WR = torch.zeros(self.world_size, len(ROW), dtype=torch.float64, device=device)
+        if row is not None:
+            rows_WR[self.rank] = row
+        else:
+            rows_WR[self.rank, ROW_ERRORS] = self.errors
+        work = dist.all_reduce(rows_WR, group=self.group, async_op=True)
+        self._rows = (work, rows_WR)
+
+    def _failed(self, error: Exception) -> None:
+        self.errors += 1
+        self.on_error(error)
+
+
+def _first_tensor(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+    return future.value()[0]
+
+
+def _forward(state: LocalHook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return state.forward(bucket)
+
+
+_hooks: "weakref.WeakKeyDictionary[DistributedDataParallel, LocalHook]" = weakref.WeakKeyDictionary()
+
+
+def local_hook(model: DistributedDataParallel) -> LocalHook:
+    """The hook of `model`, registered now if it was not before.
+
+    Raises:
+        HookTakenError: a hook of somebody else's is registered.
+    """
+    hook = _hooks.get(model)
+    if hook is None:
+        hook = LocalHook(model)
+        try:
+            model.register_comm_hook(hook, _forward)
+        except RuntimeError as error:
+            raise HookTakenError(str(error).splitlines()[0]) from None
+        _hooks[model] = hook
+    return hook

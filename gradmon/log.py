@@ -1,0 +1,60 @@
+"""What gradmon says on the console: each thing once, one line per kind per minute, then "and 37 more"."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+logger = logging.getLogger("gradmon")
+QUIET_SECONDS = 60.0
+
+
+class Announcer:
+    """One rank's voice. Shows its lines on stderr while attached, unless the script has set up logging itself."""
+
+    def __init__(self, rank: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rank = rank
+        self._clock = clock
+        self._once: set[str] = set()
+        self._last: dict[str, float] = {}
+        self._held: Counter[str] = Counter()
+        self._handler: logging.Handler | None = None
+
+    def start(self) -> None:
+        """Make lines visible."""
+        if logger.hasHandlers():
+            return
+        self._handler = logging.StreamHandler()
+        self._handler.setFormatter(logging.Formatter(f"gradmon[rank {self._rank}] %(message)s"))
+        logger.addHandler(self._handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+    def stop(self) -> None:
+        """Say what was held back, and leave the logger as it was found."""
+        for kind, count in self._held.items():
+            logger.warning("%s: and %d more", kind, count)
+        self._held.clear()
+        if self._handler is not None:
+            logger.removeHandler(self._handler)
+            logger.setLevel(logging.NOTSET)
+            logger.propagate = True
+            self._handler = None
+
+    def once(self, message: str, level: int = logging.WARNING) -> None:
+        """Say this once per attachment."""
+        if message not in self._once:
+            self._once.add(message)
+            logger.log(level, "%s", message)
+
+    def event(self, kind: str, message: str) -> None:
+        """Say it, unless this kind was heard less than a minute ago: then count it."""
+        now = self._clock()
+        if now - self._last.get(kind, -QUIET_SECONDS) < QUIET_SECONDS:
+            self._held[kind] += 1
+            return
+        more = self._held.pop(kind, 0)
+        self._last[kind] = now
+        logger.warning("%s%s", message, f" (and {more} more since)" if more else "")

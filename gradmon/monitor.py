@@ -1,0 +1,614 @@
+"""`attach()` and the Monitor: one optimizer step, read top to bottom.
+
+    before optimizer.step()   take the record of the step before, one step old: detector and policy learn from it
+                              measure this step's gradients, judge them on the device, carry the verdict out
+    after optimizer.step()    put back what was changed for the step, send the step's numbers to host and journal
+
+The host never waits for the step in progress (except in the general skip, see `actions`): limits come from older
+records, the verdict is reached on the device, and its numbers are read exactly one step later on every rank.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmon import __version__, actions, config, identity, stats
+from gradmon.actions import OptimizerActions, Verdict
+from gradmon.agent.launch import ensure_agent, wait_for_agent
+from gradmon.clipping import ClipWatch
+from gradmon.config import Config, Loaded
+from gradmon.detector import Detector, Limits
+from gradmon.handshake import Agreement, AttachError, Hello, agree
+from gradmon.journal import JournalWriter, journal_path
+from gradmon.landing import HostCopy, LandingStep, StepContext, pack
+from gradmon.local import rank_row
+from gradmon.log import Announcer
+from gradmon.policy import Policy, incident
+from gradmon.record import Event, RankIdentity
+from gradmon.resources import Sampler
+from gradmon.topology import Topology, Watched, recognise, watch
+
+#: Settings that may differ between ranks: they say where things lie on a node, not what is decided.
+_PER_NODE = frozenset({"dir", "agent", "attach_timeout_seconds", "journal_mib", "preset"})
+
+_active: Monitor | None = None
+_attachments = 0
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Iterable[Optimizer],
+    *,
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+) -> Monitor:
+    """Watch and guard the training of `model`. Call it on every rank, after `DistributedDataParallel(model)`.
+
+    Args:
+        model: the module that is trained; with DDP the DDP object itself.
+        optimizer: the optimizer that steps its parameters, or several.
+        config: a `Config`, a mapping, or the path of a YAML file; None takes GRADMON_CONFIG or the defaults.
+
+    Returns:
+        The monitor, already at work; also a context manager that detaches at its end.
+
+    Raises:
+        ConfigError, EnvironmentVariableError, DirectoryError: a setting, torchrun's environment or the journal's
+            directory is no good (all are ValueErrors).
+        TypeError, ValueError: model and optimizer do not belong together.
+        AttachError: the ranks do not fit together, or one is missing; the same text on every rank that came.
+        RuntimeError: a monitor is attached already.
+    """
+    global _active, _attachments
+    problem: Exception | None = None
+    plan: _Plan | None = None
+    try:
+        if _active is not None:
+            raise RuntimeError("gradmon is attached already in this process; call monitor.detach() first")
+        plan = _plan(model, optimizer, config)
+    except Exception as error:
+        problem = error
+    _attachments += 1
+    agreement = _agree(plan, problem)
+    if problem is not None:
+        raise problem
+    assert plan is not None  # noqa: S101  narrows the type: no problem means a plan
+    _active = Monitor(plan, agreement)
+    return _active
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What this rank wants to attach; made before it speaks to the others."""
+
+    watched: Watched
+    topology: Topology
+    loaded: Loaded
+    directory: Path
+    ranks: identity.RankEnvironment
+
+    @property
+    def config(self) -> Config:
+        return self.loaded.config
+
+
+def _plan(
+    model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], given: Config | Mapping[str, Any] | Any
+) -> _Plan:
+    loaded = config.load(given)
+    ranks = identity.rank_environment(os.environ)
+    if dist.is_available() and dist.is_initialized():
+        ranks = identity.RankEnvironment(dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.attempt)
+    watched = watch(model, optimizer)
+    directory = identity.choose_directory(loaded.config.dir, os.environ)
+    return _Plan(watched, recognise(model, watched, ranks.world_size), loaded, directory, ranks)
+
+
+def _agree(plan: _Plan | None, problem: Exception | None) -> Agreement:
+    """Meet the other ranks. A rank with a problem comes too, so that nobody waits for it."""
+
+    def decide() -> Mapping[str, Any]:
+        if plan is None:
+            return {}
+        name = identity.run_name(plan.config.run, os.environ, identity.script_name())
+        instance = identity.instance_name(os.environ)
+        return {"run": identity.claim_run(plan.directory, name, instance), "instance": instance}
+
+    group = plan.topology.group if plan is not None else _world()
+    if group is None or dist.get_world_size(group) == 1:
+        return Agreement(decide() if problem is None else {}, equal_arithmetic=True)
+    settings = {k: v for k, v in plan.config.to_dict().items() if k not in _PER_NODE} if plan is not None else {}
+    hello = Hello(
+        settings=settings,
+        model=plan.watched.digest() if plan is not None else "",
+        version=__version__,
+        arithmetic=f"{plan.watched.device.type} {torch.get_num_threads()}" if plan is not None else "",
+        problem=None if problem is None else str(problem),
+    )
+    timeout = plan.config.attach_timeout_seconds if plan is not None else Config().attach_timeout_seconds
+    try:
+        return agree(hello, decide, group=group, number=_attachments, timeout=timeout)
+    except AttachError:
+        if problem is not None:
+            raise problem from None  # this rank knows better than what it told the others
+        raise
+
+
+def _world() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+@dataclass(slots=True)
+class _Measured:
+    """A step's gradients as the optimizer was to get them, before any clip."""
+
+    sums: Tensor
+    """stats_PK summed over P."""
+    norm: Tensor
+    rows: Tensor
+    """One per rank, as in `local.ROW`; this rank's alone where there is no communication hook."""
+    synced: bool
+    """False if the gradients were not averaged in this step (all backwards under `no_sync`)."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step in progress."""
+
+    measured: _Measured
+    verdict: Verdict
+    limits: Limits
+    acting: bool
+    scale: float
+    rate: float | Tensor
+
+
+class Monitor:
+    """A training run under watch. Made by `attach`.
+
+    Attributes:
+        run: name of the run in metrics and page.
+        journal_path: this rank's journal, None if it could not be opened.
+    """
+
+    def __init__(self, plan: _Plan, agreement: Agreement) -> None:
+        self._watched = plan.watched
+        self._topology = plan.topology
+        self._config = plan.config
+        self._group = plan.topology.group if not agreement.equal_arithmetic else None
+        self._pid = os.getpid()
+        self._detector = Detector(self._config.clip)
+        self._policy = Policy(self._config.backoff)
+        self._actions = {o: OptimizerActions(o) for o in self._watched.optimizers}
+        self._watched_set = set(self._watched.parameters)
+        self._orders: dict[tuple[int, ...], Tensor] = {}
+        self._handles: list[Any] = []
+        self._stepped: list[Optimizer] = []
+        self._marks: dict[Optimizer, list[tuple[int, int]]] = {}
+        self._measured: _Measured | None = None
+        self._step: _Step | None = None
+        self._previous: LandingStep | None = None
+        self._awaiting_loss: LandingStep | None = None
+        self._losses: list[Tensor] = []
+        self._loss_follows: bool | None = None
+        self._count = 0
+        self._last_end: float | None = None
+        self._errors = 0
+        self._withdrawn = False
+        self._attached = True
+        self._identity = _identity(plan, agreement)
+        self.run = self._identity.run
+        self._say = Announcer(self._identity.rank)
+        self._say.start()
+        self._journal = self._open_journal(plan)
+        self.journal_path = None if self._journal is None else self._journal.path
+        self._start_hooks()
+        self._tell_start(plan)
+        atexit.register(self._at_exit)
+
+    # --- what the user calls ---------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self._count
+
+    @property
+    def learning_rate_scale(self) -> float:
+        """Factor that the next step's learning rate will be multiplied by."""
+        return self._policy.scale if self._acts else 1.0
+
+    def observe(self, *, loss: Tensor | float) -> None:
+        """Tell the loss; never synchronises. Call it once per backward, before the step or after it, but always alike.
+
+        Args:
+            loss: a scalar tensor on any device, or a number. The mean over a step's calls is recorded.
+
+        Raises:
+            ValueError: the tensor has more than one element.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss must hold one element (got shape {tuple(loss.shape)}); pass its mean")
+            value = loss.detach().reshape(()).to(torch.float64, copy=True)
+        else:
+            value = torch.tensor(float(loss), dtype=torch.float64)
+        if not self._attached:
+            return
+        if self._loss_follows is None:
+            self._loss_follows = self._count > 0
+        self._losses.append(value)
+        if self._loss_follows and self._awaiting_loss is not None:
+            self._write_step(self._awaiting_loss)
+
+    def detach(self) -> None:
+        """Remove every hook and patch, finish the journal. On several ranks: after the same step on all of them."""
+        self._close("finished", "")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detector, policy and step count, to be saved with a checkpoint; equal on all ranks."""
+        self._take_previous()
+        return {
+            "version": 1,
+            "step": self._count,
+            "detector": self._detector.state_dict(),
+            "policy": self._policy.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken. To be called on every rank with the same state.
+
+        Raises:
+            ValueError: not such a state.
+        """
+        if state.get("version") != 1:
+            raise ValueError(
+                f"gradmon state must have version 1 (got {state.get('version')!r}); pass Monitor.state_dict()"
+            )
+        self._previous = None
+        self._count = int(state["step"])
+        self._detector.load_state_dict(state["detector"])
+        self._policy.load_state_dict(state["policy"])
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close("finished", "")
+        else:
+            self._close("exception", f"{type(error).__name__}: {error}")
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self._guarded("before_step"):
+            if has_closure(args, kwargs):  # the gradients of this step do not exist yet: see _after_step
+                self._end_step()
+            elif self._begins(optimizer):
+                self._begin_step(optimizer)
+        with self._guarded("act"):
+            step = self._step
+            if step is not None and step.acting:
+                self._actions[optimizer].before(step.verdict, step.scale)
+            else:
+                self._actions[optimizer].before(None, 1.0)
+
+    def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        with self._guarded("restore"):
+            self._actions[optimizer].after()
+        with self._guarded("after_step"):
+            if self._step is None:
+                self._say.once("optimizer.step(closure) computes its gradients inside the step: only watching")
+                self._begin_step(optimizer, judged=False)
+            self._stepped.append(optimizer)
+            if len(self._stepped) == len(self._actions):
+                self._end_step()
+
+    def _before_clip(self, parameters: list[Tensor]) -> None:
+        """The script is about to clip: measure now, what comes later is not what backward left."""
+        with self._guarded("before_clip"):
+            if self._measured is None and not self._watched_set.isdisjoint(parameters):
+                self._measured = self._measure(None)
+
+    def _begins(self, optimizer: Optimizer) -> bool:
+        """True for a step's first optimizer. One verdict serves all optimizers, unless new gradients came since."""
+        if self._step is None:
+            return True
+        if optimizer in self._stepped or self._marks.get(optimizer) != _gradient_marks(optimizer):
+            self._end_step()
+            return True
+        return False
+
+    def _begin_step(self, optimizer: Optimizer, *, judged: bool = True) -> None:
+        self._take_previous()
+        limits = self._detector.limits()
+        clipped = self._measured is not None
+        measured = self._measured if self._measured is not None else self._measure(optimizer)
+        self._measured = None
+        judged = judged and measured.synced
+        if judged:
+            left = stats.total_norm(self._stats()[0]) if clipped else measured.norm
+            verdict = actions.judge(measured.norm, self._agreed(left) if clipped else left, limits)
+        else:
+            verdict = actions.unjudged(measured.norm)
+        acting = self._acts and judged
+        scale = self._policy.scale if acting else 1.0
+        self._step = _Step(measured, verdict, limits, acting, scale, actions.learning_rate(self._watched.optimizers[0]))
+        if len(self._actions) > 1:
+            self._marks = {o: _gradient_marks(o) for o in self._actions}
+
+    def _end_step(self) -> None:
+        step, self._step = self._step, None
+        self._stepped.clear()
+        self._measured = None
+        if step is None:
+            return
+        self._count += 1
+        now = time.monotonic()
+        tensor_rate = step.rate if isinstance(step.rate, Tensor) else None
+        vector = pack(step.verdict, step.measured.sums, step.measured.rows, tensor_rate)
+        context = StepContext(
+            step=self._count,
+            wall_seconds=time.time(),
+            step_seconds=None if self._last_end is None else now - self._last_end,
+            limits=step.limits,
+            applied=step.acting,
+            learning_rate=None if isinstance(step.rate, Tensor) else step.rate,
+            learning_rate_scale=step.scale,
+            rank=self._identity.rank,
+            names=self._watched.names,
+        )
+        self._last_end = now
+        if self._awaiting_loss is not None:
+            self._write_step(self._awaiting_loss)
+        self._previous = LandingStep(HostCopy(vector), context)
+        if self._loss_follows:
+            self._awaiting_loss = self._previous
+        else:
+            self._write_step(self._previous)
+
+    def _write_step(self, landing: LandingStep) -> None:
+        if self._losses:
+            landing.loss = HostCopy(torch.stack(self._losses).mean())
+            self._losses.clear()
+        self._awaiting_loss = None
+        if self._journal is not None:
+            self._journal.put(landing)
+
+    def _take_previous(self) -> None:
+        """Learn from the step before: the only wait, for an event that is one step old."""
+        previous, self._previous = self._previous, None
+        if previous is None:
+            return
+        record, errors = previous.peek()
+        if record.reason != "unsynced":
+            self._detector.update(record.grad_norm)
+        for event in filter(None, (incident(record), *self._policy.update(record))):
+            self._tell(event)
+        if errors and not self._withdrawn:
+            self._withdrawn = True
+            self._say.once(
+                "gradmon failed on one of the ranks; from here on all ranks only watch, so that they stay equal"
+            )
+
+    # --- measuring -------------------------------------------------------------------------------------------------
+
+    def _stats(self) -> tuple[Tensor, list[int]]:
+        """stats_PK of the gradients that are there now, and the numbers (from 1) of their parameters."""
+        present = [(p.grad, n) for n, p in enumerate(self._watched.parameters, start=1) if p.grad is not None]
+        if not present:
+            return torch.zeros(1, len(stats.STATISTICS), dtype=torch.float64, device=self._watched.device), [0]
+        return stats.measure([g for g, _ in present]), [n for _, n in present]
+
+    def _measure(self, optimizer: Optimizer | None) -> _Measured:
+        stats_PK, numbers = self._stats()
+        norm = stats.total_norm(stats_PK)
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:  # GradScaler leaves the unscaling to a fused optimizer
+            norm = norm / scale.to(norm)
+        hook = self._topology.hook
+        rows_WR = hook.take_rows() if hook is not None else None
+        synced = rows_WR is not None or hook is None
+        if rows_WR is None:
+            # Backward goes through the model from its end, so the first to break is the last in the model's order.
+            order_P = self._order(tuple(reversed(numbers)), stats_PK.device)
+            rows_WR = rank_row(stats_PK.flip(0), order_P, self._errors).unsqueeze(0)
+        return _Measured(stats_PK.sum(0), self._agreed(norm) if synced else norm, rows_WR, synced)
+
+    def _order(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+        if self._orders.get(numbers) is None:
+            self._orders = {numbers: torch.tensor(numbers, device=device)}
+        return self._orders[numbers]
+
+    def _agreed(self, norm: Tensor) -> Tensor:
+        """With unequal devices or thread counts norms differ in their last digits: take the largest of all ranks."""
+        if self._group is None or not self._topology.acts:
+            return norm
+        shared = torch.nan_to_num(norm, nan=math.inf, posinf=math.inf).reshape(1)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
+        return shared.reshape(())
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _acts(self) -> bool:
+        return self._config.mode == "guard" and self._topology.acts and not self._withdrawn
+
+    def _start_hooks(self) -> None:
+        if self._topology.hook is not None:
+            self._topology.hook.start(self._watched.parameters, lambda error: self._failed("local", error))
+        for optimizer, doer in self._actions.items():
+            # A hook traced into a compiled step would be silently ignored.
+            for register, hook in (
+                (optimizer.register_step_pre_hook, self._before_step),
+                (optimizer.register_step_post_hook, self._after_step),
+                (optimizer.register_state_dict_pre_hook, doer.before_state_dict),
+            ):
+                self._handles.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call,operator]
+        self._clip_watch = ClipWatch(self._before_clip)
+        self._clip_watch.start()
+
+    def _open_journal(self, plan: _Plan) -> JournalWriter | None:
+        try:
+            return JournalWriter(
+                journal_path(plan.directory, self._identity),
+                self._identity,
+                parameters=self._watched.names,
+                config=self._config.to_dict(),
+                sample=Sampler(self._watched.device),
+                max_bytes=self._config.journal_mib << 20,
+                on_error=self._failed,
+            )
+        except Exception as error:
+            self._say.once(f"no journal for this rank, training goes on without it: {error}")
+            return None
+
+    def _tell_start(self, plan: _Plan) -> None:
+        if self._identity.rank == 0:
+            mode = "guarding" if self._acts else "watching"
+            self._say.once(f"{mode} run {self.run} ({self._identity.world_size} ranks)", logging.INFO)
+            if not self._topology.acts:
+                self._say.once(f"only watching, not acting: {self._topology.why}")
+        if self._group is not None and self._topology.acts and self._identity.rank == 0:
+            self._say.once("devices or thread counts differ between ranks: one more small all-reduce per step")
+        if self._identity.local_rank == 0 and self._config.agent.start == "auto":
+            with self._guarded("agent"):
+                start_agent(plan.directory, self._config, self._say)
+
+    def _tell(self, event: Event) -> None:
+        """The culprit speaks of what is its own, rank 0 of the rest."""
+        if event.action == "backoff" and self._journal is not None:
+            self._journal.put(event)
+        speaker = event.rank if event.rank is not None and event.action != "backoff" else 0
+        if self._identity.rank == speaker:
+            self._say.event(event.kind, f"step {event.step}: {event.message}")
+
+    @contextlib.contextmanager
+    def _guarded(self, part: str) -> Iterator[None]:
+        """Promise 7: a failure of ours becomes a counter and one warning, never an exception in training."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(part, error)
+
+    def _failed(self, part: str, error: Exception) -> None:
+        if part != "journal":  # the writer counts its own, and they change no decision
+            self._errors += 1
+            if self._topology.hook is not None:
+                self._topology.hook.errors = self._errors
+            if self._journal is not None:
+                self._journal.count("gradmon_errors_total", (part,))
+        where = traceback.extract_tb(error.__traceback__)
+        at = f" at {Path(where[-1].filename).name}:{where[-1].lineno}" if where else ""
+        self._say.once(f"gradmon's own {part} failed, training goes on: {type(error).__name__}: {error}{at}")
+
+    def _at_exit(self) -> None:
+        # Set by the interpreter for an exception that nobody caught; SystemExit does not count.
+        error = getattr(sys, "last_value", None)
+        if error is None:
+            self._close("finished", "")
+        else:
+            self._close("exception", f"{type(error).__name__}: {error}")
+
+    def _close(self, end: Literal["finished", "exception"], detail: str) -> None:
+        global _active
+        if not self._attached or os.getpid() != self._pid:  # a forked DataLoader worker is not the rank
+            return
+        self._attached = False
+        if _active is self:
+            _active = None
+        with self._guarded("detach"):
+            if self._step is not None and self._stepped:
+                self._end_step()
+            if self._awaiting_loss is not None:
+                self._write_step(self._awaiting_loss)
+            self._take_previous()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._clip_watch.stop()
+        if self._topology.hook is not None:
+            self._topology.hook.stop()
+        for doer in self._actions.values():
+            doer.restore()
+        if self._journal is not None:
+            self._journal.close(end, detail)
+        self._say.stop()
+        atexit.unregister(self._at_exit)
+
+
+def start_agent(directory: Path, config: Config, say: Announcer) -> None:
+    """Have an agent run for `directory`, and say where its page is once it is up."""
+    ensure_agent(
+        directory,
+        listen=config.agent.listen,
+        port=config.agent.port,
+        linger_seconds=identity.linger_seconds(config.agent.linger_seconds, os.environ),
+    )
+
+    def announce() -> None:
+        address = wait_for_agent(directory, timeout=30)
+        if address is None:
+            say.once(f"the agent did not start; see {directory / 'agent.log'}. Training goes on, journals are kept.")
+        else:
+            say.once(f"live page and metrics: {identity.page_hint(address, os.environ)}", logging.INFO)
+
+    threading.Thread(target=announce, name="gradmon-agent-address", daemon=True).start()
+
+
+def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """True if `optimizer.step` was given a closure, which computes the gradients only inside the step."""
+    return (len(args) > 1 and callable(args[1])) or callable(kwargs.get("closure"))
+
+
+def _gradient_marks(optimizer: Optimizer) -> list[tuple[int, int]]:
+    """Changes whenever a gradient of `optimizer` is replaced or written."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return [(id(g), g._version) for g in gradients if g is not None]
+
+
+def _identity(plan: _Plan, agreement: Agreement) -> RankIdentity:
+    shared = agreement.shared
+    if not shared:
+        raise AttachError("rank 0 named no run")
+    return RankIdentity(
+        run=shared["run"],
+        instance=shared["instance"],
+        attempt=plan.ranks.attempt,
+        rank=plan.ranks.rank,
+        local_rank=plan.ranks.local_rank,
+        world_size=plan.ranks.world_size,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        device=_device_name(plan.watched.device),
+        mode=plan.config.mode,
+        topology=str(plan.topology),
+        script=identity.script_name(),
+        version=__version__,
+        started_seconds=time.time(),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,351 @@
+"""What gradmon writes down: one `StepRecord` per optimizer step, one `Event` per thing worth telling, and METRICS.
+
+Glossary, used with these meanings everywhere:
+
+- *local*: of this rank's own gradients, before the all-reduce. Only a local number can name the rank that broke.
+- *global*: of the gradients the optimizer is about to use, after the all-reduce; equal on every rank under DDP.
+- *grad_norm*: the global 2-norm over all parameters, before any clipping, unscaled (a loss scale is divided out).
+- *grad_norm_applied*: the norm of what the optimizer really used: after the script's own clip and after gradmon's.
+- *incident*: a step whose gradients were not fit to be applied as they were.
+
+Standard library only: this file is imported by the training process, the agent and the dashboard builder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Action = Literal["none", "rescale", "skip", "backoff"]
+Reason = Literal["healthy", "spike", "max_norm", "nonfinite", "spike_streak", "unsynced"]
+MetricKind = Literal["counter", "gauge"]
+
+#: Position in this tuple is how a verdict travels inside the device vector, so the order is part of the protocol.
+VERDICT_ACTIONS: tuple[Action, ...] = ("none", "rescale", "skip")
+VERDICT_REASONS: tuple[Reason, ...] = ("healthy", "spike", "max_norm", "nonfinite", "unsynced")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step of one rank. Norms are unscaled 2-norms; None means "not measured here"."""
+
+    step: int
+    """Optimizer step, counted from 1; goes on after `load_state_dict`."""
+    wall_seconds: float
+    """Unix time at which the step ended; for display only."""
+    step_seconds: float | None
+    """Time since the end of the step before; None for the first."""
+    grad_norm: float
+    """Global norm before any clipping; NaN or Inf when the gradients are not finite."""
+    grad_norm_applied: float
+    """Norm of what the optimizer used; 0 when the step was skipped."""
+    grad_norm_limit: float | None
+    """Norm above which this step was to be rescaled as a spike; None until the detector is active."""
+    local_grad_norm: float | None
+    """This rank's norm before the all-reduce; None where it could not be measured."""
+    nan_count: int
+    """NaN elements in the global gradients."""
+    inf_count: int
+    """Infinite elements in the global gradients."""
+    local_nan_count: int
+    """NaN elements in this rank's gradients before the all-reduce."""
+    local_inf_count: int
+    """Infinite elements in this rank's gradients before the all-reduce."""
+    action: Action
+    """What the verdict asks for; it was done only if `applied`."""
+    reason: Reason
+    applied: bool
+    """False in `mode: observe` and in topologies where gradmon only watches."""
+    culprit_rank: int | None
+    """Rank whose local gradients broke this step; None for a healthy step or where it can't be told."""
+    parameter: str | None
+    """Parameter that broke first in backward order (non-finite), or holds the largest norm (spike)."""
+    learning_rate: float
+    """First parameter group's rate as the scheduler set it, before gradmon's scale."""
+    learning_rate_scale: float
+    """Factor gradmon put on the rate in this step; 1 unless it backed off."""
+    loss: float | None = None
+    """As given to `observe`, mean over the micro-steps; of this rank alone."""
+    memory_bytes: int | None = None
+    """GPU memory held by tensors, or resident memory on CPU; the newest sample, a few seconds old at most."""
+
+    @property
+    def healthy(self) -> bool:
+        """True if nothing was wrong with the gradients of this step."""
+        return self.reason in ("healthy", "max_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something worth a line in a log: what was seen at a step, and what was done about it."""
+
+    step: int
+    wall_seconds: float
+    kind: Reason
+    """What was seen."""
+    action: Action
+    """What was done; with `applied` False, what would have been done."""
+    applied: bool
+    rank: int | None
+    """Rank that caused it, None where unknown."""
+    parameter: str | None
+    message: str
+    """One sentence for a person."""
+
+
+STEP_FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(StepRecord))
+EVENT_FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Event))
+
+
+@dataclass(frozen=True, slots=True)
+class RankIdentity:
+    """Who wrote a journal. Written once, at attach."""
+
+    run: str
+    """Name of the run, `[A-Za-z0-9._-]{1,64}`, with `~2` behind it where a living run had the name already."""
+    instance: str
+    """One start of that run (a Slurm job, a torchrun); survives restarts of its workers."""
+    attempt: int
+    """TORCHELASTIC_RESTART_COUNT."""
+    rank: int
+    local_rank: int
+    world_size: int
+    host: str
+    pid: int
+    device: str
+    mode: str
+    topology: str
+    """`single`, `ddp`, or `unrecognised: ...`, where gradmon only watches."""
+    script: str
+    version: str
+    started_seconds: float
+    """Unix time of attach."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One Prometheus metric. `unit` is for people; the name already ends in it where the conventions ask for that."""
+
+    name: str
+    kind: MetricKind
+    unit: str
+    labels: tuple[str, ...]
+    help: str
+
+
+_RUN = ("run",)
+_RANK = ("run", "rank")
+
+#: Every metric gradmon exports. Those labelled by run alone are equal on all ranks and come from one rank of the run.
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "gradmon_run_info",
+        "gauge",
+        "1",
+        ("run", "run_instance", "attempt", "world_size", "mode", "topology", "script", "version"),
+        "Always 1; what is constant for a run. The only place for the instance and the attempt.",
+    ),
+    Metric(
+        "gradmon_rank_info",
+        "gauge",
+        "1",
+        ("run", "rank", "local_rank", "host", "world_size", "device"),
+        "Always 1; where a rank runs. Join on run and rank.",
+    ),
+    Metric(
+        "gradmon_grad_norm",
+        "gauge",
+        "norm",
+        _RUN,
+        "Global gradient norm before clipping; the last finite value.",
+    ),
+    Metric(
+        "gradmon_grad_norm_applied",
+        "gauge",
+        "norm",
+        _RUN,
+        "Norm of the gradients the optimizer used, after all clipping; 0 after a skipped step.",
+    ),
+    Metric(
+        "gradmon_grad_norm_limit",
+        "gauge",
+        "norm",
+        _RUN,
+        "Norm above which a step is a spike; absent until the detector is active.",
+    ),
+    Metric(
+        "gradmon_learning_rate",
+        "gauge",
+        "1",
+        _RUN,
+        "Learning rate set by the script, before gradmon's scale.",
+    ),
+    Metric(
+        "gradmon_learning_rate_scale_ratio",
+        "gauge",
+        "ratio",
+        _RUN,
+        "Factor gradmon puts on the learning rate; 1 unless it backed off.",
+    ),
+    Metric(
+        "gradmon_nonfinite_steps_total",
+        "counter",
+        "steps",
+        _RUN,
+        "Steps whose global gradients held NaN or Inf.",
+    ),
+    Metric(
+        "gradmon_actions_total",
+        "counter",
+        "actions",
+        ("run", "action", "reason", "applied"),
+        "What gradmon did to a step, and why. applied=no: what it would have done where it only watches.",
+    ),
+    Metric(
+        "gradmon_last_incident_info",
+        "gauge",
+        "1",
+        ("run", "rank", "parameter", "kind"),
+        "Always 1; the newest incident of a run: rank and parameter that broke first. One series per run, replaced.",
+    ),
+    Metric(
+        "gradmon_last_incident_step",
+        "gauge",
+        "steps",
+        _RUN,
+        "Step of the newest incident.",
+    ),
+    Metric("gradmon_steps_total", "counter", "steps", _RANK, "Optimizer steps this rank has finished."),
+    Metric(
+        "gradmon_local_grad_norm",
+        "gauge",
+        "norm",
+        _RANK,
+        "This rank's gradient norm before the all-reduce; the last finite value.",
+    ),
+    Metric(
+        "gradmon_local_nonfinite_elements_total",
+        "counter",
+        "elements",
+        ("run", "rank", "kind"),
+        "NaN or Inf elements in this rank's gradients before the all-reduce.",
+    ),
+    Metric(
+        "gradmon_nonfinite_elements_total",
+        "counter",
+        "elements",
+        ("run", "kind"),
+        "NaN or Inf elements in the gradients the optimizer was given, after the all-reduce.",
+    ),
+    Metric(
+        "gradmon_incidents_total",
+        "counter",
+        "steps",
+        ("run", "rank", "kind"),
+        "Steps broken by this rank's own gradients.",
+    ),
+    Metric("gradmon_loss", "gauge", "1", _RANK, "Loss this rank observed last; the last finite value."),
+    Metric(
+        "gradmon_nonfinite_losses_total",
+        "counter",
+        "steps",
+        _RANK,
+        "Steps whose observed loss was NaN or Inf.",
+    ),
+    Metric(
+        "gradmon_last_step_timestamp_seconds",
+        "gauge",
+        "seconds",
+        _RANK,
+        "Unix time at which this rank finished its last step.",
+    ),
+    Metric("gradmon_step_duration_seconds", "gauge", "seconds", _RANK, "Duration of this rank's last step."),
+    Metric(
+        "gradmon_rank_up",
+        "gauge",
+        "bool",
+        _RANK,
+        "1 while the rank's process lives; 0 when it has ended or was killed.",
+    ),
+    Metric(
+        "gradmon_rank_finished",
+        "gauge",
+        "bool",
+        _RANK,
+        "1 when the rank ended by itself without an exception.",
+    ),
+    Metric(
+        "gradmon_last_heartbeat_timestamp_seconds",
+        "gauge",
+        "seconds",
+        _RANK,
+        "Unix time of the rank's last heartbeat; it beats every 5 s also while no step is made.",
+    ),
+    Metric(
+        "gradmon_process_resident_memory_bytes",
+        "gauge",
+        "bytes",
+        _RANK,
+        "Resident memory of the rank's process.",
+    ),
+    Metric("gradmon_process_cpu_seconds_total", "counter", "seconds", _RANK, "CPU time of the rank's process."),
+    Metric("gradmon_host_memory_available_bytes", "gauge", "bytes", _RANK, "Memory available on the rank's host."),
+    Metric(
+        "gradmon_gpu_memory_allocated_bytes",
+        "gauge",
+        "bytes",
+        _RANK,
+        "GPU memory held by tensors (torch allocator); absent without a GPU.",
+    ),
+    Metric(
+        "gradmon_gpu_memory_reserved_bytes",
+        "gauge",
+        "bytes",
+        _RANK,
+        "GPU memory held by the torch allocator; absent without a GPU.",
+    ),
+    Metric(
+        "gradmon_gpu_memory_peak_allocated_bytes",
+        "gauge",
+        "bytes",
+        _RANK,
+        "Highest GPU memory held by tensors so far; absent without a GPU.",
+    ),
+    Metric(
+        "gradmon_gpu_allocator_retries_total",
+        "counter",
+        "retries",
+        _RANK,
+        "Allocations that first failed and went through after the cache was flushed; absent without a GPU.",
+    ),
+    Metric(
+        "gradmon_errors_total",
+        "counter",
+        "errors",
+        ("run", "rank", "part"),
+        "Failures of gradmon itself inside the training process; training goes on without that part.",
+    ),
+    Metric("gradmon_agent_errors_total", "counter", "errors", ("part",), "Failures of the agent itself."),
+    Metric("gradmon_agent_journals", "gauge", "files", (), "Journals the agent reads."),
+    Metric("gradmon_agent_info", "gauge", "1", ("host", "version"), "Always 1; the agent that answers."),
+)
+
+METRICS_BY_NAME: dict[str, Metric] = {m.name: m for m in METRICS}
+
+#: Names a sample of `resources.sample` may carry, and the metric each becomes.
+RESOURCE_METRICS: dict[str, str] = {
+    "resident_memory_bytes": "gradmon_process_resident_memory_bytes",
+    "cpu_seconds": "gradmon_process_cpu_seconds_total",
+    "host_memory_available_bytes": "gradmon_host_memory_available_bytes",
+    "gpu_memory_allocated_bytes": "gradmon_gpu_memory_allocated_bytes",
+    "gpu_memory_reserved_bytes": "gradmon_gpu_memory_reserved_bytes",
+    "gpu_memory_peak_allocated_bytes": "gradmon_gpu_memory_peak_allocated_bytes",
+    "gpu_allocator_retries": "gradmon_gpu_allocator_retries_total",
+}
+
+
+def finite(value: float | None) -> float | None:
+    """`value` if it is a finite number, else None: what a gauge may show, since NaN hides in PromQL and breaks JSON."""
+    return value if value is not None and math.isfinite(value) else None
