@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ _NETWORK_FILE_SYSTEMS = frozenset(
     ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "panfs", "afs", "pvfs2")
     + ("orangefs", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph-fuse", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs")
 )
+
+
+#: How long a claim stands without a rank having taken its lock.
+_CLAIM_SECONDS = 120.0
 
 
 class EnvironmentVariableError(ValueError):
@@ -116,15 +121,19 @@ def claim_run(directory: Path, name: str, instance: str) -> str:
     same instance gets the name it had.
     """
     with _exclusive(directory / ".claims.lock"):
+        for run in (directory / name, *sorted(directory.glob(f"{name}~*"))):
+            if (run / instance).is_dir():
+                return run.name
         number = 1
-        while True:
-            candidate = name if number == 1 else f"{name}~{number}"
-            others = [i for i in _instances(directory / candidate) if i.name != instance]
-            if (directory / candidate / instance).is_dir() or not any(map(_lives, others)):
-                # The folder itself is the claim: whoever asks next finds it, and its lock once rank 0 has written.
-                (directory / candidate / instance).mkdir(parents=True, exist_ok=True)
-                return candidate
+        while any(map(_lives, _instances(directory / _numbered(name, number)))):
             number += 1
+        # The folder itself is the claim: whoever asks next finds it, before any rank has its lock.
+        (directory / _numbered(name, number) / instance).mkdir(parents=True)
+        return _numbered(name, number)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}~{number}"
 
 
 def _instances(run_directory: Path) -> Iterator[Path]:
@@ -133,7 +142,10 @@ def _instances(run_directory: Path) -> Iterator[Path]:
 
 
 def _lives(instance: Path) -> bool:
-    return any(is_held(lock) for lock in instance.glob("*/rank-*.lock"))
+    locks = list(instance.glob("*/rank-*.lock"))
+    if not locks:  # claimed, and its ranks are still on their way; or they never came
+        return time.time() - instance.stat().st_mtime < _CLAIM_SECONDS
+    return any(map(is_held, locks))
 
 
 @contextmanager

@@ -191,6 +191,7 @@ class JournalWriter:
         connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
         connection.execute("BEGIN")
         connection.executemany("INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in meta.items()])
+        connection.execute(_PUT_STATE, ("start_monotonic", time.monotonic()))
         self._write_due(connection)
         connection.execute("COMMIT")
         return connection
@@ -391,11 +392,11 @@ def _view(connection: sqlite3.Connection, path: Path, after_step: int, after_eve
     return JournalView(
         identity=RankIdentity(**{name: meta[name] for name in RankIdentity.__dataclass_fields__}),
         parameters=len(meta["parameters"]),
-        steps=[(row[0], StepRecord(*map(_from_cell, row[1:]))) for row in reversed(steps)],
-        events=[(row[0], Event(*map(_from_cell, row[1:]))) for row in reversed(events)],
+        steps=[(row[0], StepRecord(*map(_from_cell, STEP_FIELDS, row[1:]))) for row in reversed(steps)],
+        events=[(row[0], Event(*map(_from_cell, EVENT_FIELDS, row[1:]))) for row in reversed(events)],
         counters={(name, tuple(json.loads(labels))): value for name, labels, value in counters},
         samples={k[len(_SAMPLE_PREFIX) :]: v for k, v in state.items() if k.startswith(_SAMPLE_PREFIX)},
-        state=_rank_state(state, is_held(path.with_suffix(".lock")), beat_age, step_monotonic),
+        state=_rank_state(state, is_held(path.with_suffix(".lock")), now),
         detail=str(state.get("end_detail", "")),
         beat_seconds=state["beat_seconds"],
         beat_age_seconds=beat_age,
@@ -415,17 +416,17 @@ def _new_steps(connection: sqlite3.Connection, after_step: int, limit: int) -> l
     ).fetchall()
 
 
-def _rank_state(state: Mapping[str, object], held: bool, beat_age: float, step_monotonic: float | None) -> RankState:
+def _rank_state(state: Mapping[str, Any], held: bool, now: float) -> RankState:
     end = state.get("end")
     if end is not None:
         return "finished" if end == "finished" else "exception"
     if not held:
         return "crashed"
-    if not 0 <= beat_age <= STUCK_SECONDS:
+    if not 0 <= now - state["beat_monotonic"] <= STUCK_SECONDS:
         return "stuck"
     # A rank that has a heartbeat and makes no step: evaluation, checkpoint, compilation, or a hang in a collective.
-    step_age = math.inf if step_monotonic is None else time.monotonic() - step_monotonic
-    return "running" if step_age <= BUSY_SECONDS else "busy"
+    idle_since = state.get("step_monotonic", state["start_monotonic"])
+    return "running" if now - idle_since <= BUSY_SECONDS else "busy"
 
 
 def _to_row(item: StepRecord | Event, fields: tuple[str, ...]) -> list[object]:
@@ -434,7 +435,9 @@ def _to_row(item: StepRecord | Event, fields: tuple[str, ...]) -> list[object]:
     return ["nan" if isinstance(v, float) and v != v else v for v in values]
 
 
-def _from_cell(value: object) -> Any:
+def _from_cell(name: str, value: Any) -> Any:
+    if name == "applied":
+        return bool(value)
     return math.nan if value == "nan" else value
 
 

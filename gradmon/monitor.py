@@ -209,6 +209,7 @@ class Monitor:
         self._awaiting_loss: LandingStep | None = None
         self._losses: list[Tensor] = []
         self._loss_follows: bool | None = None
+        self._judge_late = False
         self._count = 0
         self._last_end: float | None = None
         self._errors = 0
@@ -305,6 +306,7 @@ class Monitor:
         with self._guarded("before_step"):
             if has_closure(args, kwargs):  # the gradients of this step do not exist yet: see _after_step
                 self._end_step()
+                self._judge_late = True
             elif self._begins(optimizer):
                 self._begin_step(optimizer)
         with self._guarded("act"):
@@ -318,7 +320,8 @@ class Monitor:
         with self._guarded("restore"):
             self._actions[optimizer].after()
         with self._guarded("after_step"):
-            if self._step is None:
+            if self._judge_late:
+                self._judge_late = False
                 self._say.once("optimizer.step(closure) computes its gradients inside the step: only watching")
                 self._begin_step(optimizer, judged=False)
             self._stepped.append(optimizer)
@@ -465,7 +468,7 @@ class Monitor:
                 (optimizer.register_step_post_hook, self._after_step),
                 (optimizer.register_state_dict_pre_hook, doer.before_state_dict),
             ):
-                self._handles.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call,operator]
+                self._handles.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call]
         self._clip_watch = ClipWatch(self._before_clip)
         self._clip_watch.start()
 

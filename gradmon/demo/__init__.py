@@ -1,0 +1,136 @@
+"""The demo: a real torchrun job, real faults, and what became of it.
+
+This side runs in the terminal: it starts the agent and torchrun, and reads the journals afterwards. The training is in
+`gradmon.demo.train`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from gradmon.agent.launch import agent_address, wait_for_agent
+from gradmon.identity import choose_directory, page_hint
+from gradmon.journal import read_journal
+from gradmon.record import Event
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """What `gradmon demo` was asked for."""
+
+    steps: int
+    ranks: int
+    seed: int
+    guard: bool
+    faults: bool
+    port: int
+    directory: str | None
+    stay: bool
+    """Keep the page up after the run, until Ctrl-C."""
+
+
+def run_demo(options: DemoOptions) -> int:
+    """Run it; the exit code is torchrun's."""
+    directory = choose_directory(options.directory, os.environ)
+    if options.directory is None:
+        directory = choose_directory(str(directory / "demo"), os.environ)  # never among the user's own runs
+    agent = _start_agent(directory, options)
+    try:
+        result = Path(tempfile.mkdtemp(prefix="gradmon-demo-")) / "result.json"
+        code = _train(directory, options, result)
+        if code == 0:
+            _report(json.loads(result.read_text()), options)
+        if options.stay:
+            print(f"\nThe page stays up: {_address(directory)}   (Ctrl-C to end)", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        if agent is not None:
+            agent.terminate()
+            agent.wait(timeout=10)
+    return code
+
+
+def _start_agent(directory: Path, options: DemoOptions) -> subprocess.Popen[bytes] | None:
+    """An agent of the demo's own, ended with it; None if one serves this directory already."""
+    agent = None
+    if agent_address(directory) is None:
+        command = [sys.executable, "-m", "gradmon", "agent", "--dir", str(directory), "--port", str(options.port)]
+        with (directory / "agent.log").open("ab") as log:
+            agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    if wait_for_agent(directory, timeout=30) is None:
+        print(f"The agent did not start, see {directory / 'agent.log'}; training goes on without a page.")
+    else:
+        print(f"Live page: {_address(directory)}")
+        print(f"Metrics:   {agent_address(directory)}/metrics\n", flush=True)
+    return agent
+
+
+def _address(directory: Path) -> str:
+    return page_hint(agent_address(directory) or "(no agent)", os.environ)
+
+
+def _train(directory: Path, options: DemoOptions, result: Path) -> int:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+    command += ["-m", "gradmon.demo.train", "--steps", str(options.steps), "--seed", str(options.seed)]
+    command += ["--dir", str(directory), "--result", str(result)]
+    command += [] if options.guard else ["--no-guard"]
+    command += [] if options.faults else ["--clean"]
+    threads = max(1, (os.cpu_count() or 1) // options.ranks)
+    # torchrun warns about a thread count that nobody chose
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    started = time.monotonic()
+    process = subprocess.Popen(command, env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # torchrun got the Ctrl-C too, and ends its workers
+        raise
+    if code == 0:
+        print(f"\nTrained {options.steps} steps on {options.ranks} ranks in {time.monotonic() - started:.0f} s.")
+    else:
+        print(f"\ntorchrun ended with code {code}; the lines above say why.")
+    return code
+
+
+def _report(result: dict[str, object], options: DemoOptions) -> None:
+    events = [event for _, event in read_journal(Path(str(result["journal"]))).events]
+    print(event_table(events) if events else "Nothing happened: no step was touched.")
+    loss = float(str(result["validation_loss"]))
+    print(f"\nValidation loss: {loss:.3f}" + ("" if math.isfinite(loss) else "   <- the weights are NaN"))
+    if options.guard:
+        return
+    if not math.isfinite(loss) or loss > float(str(result["first_loss"])) - 1.0:
+        print("The run is ruined: nobody acted on what gradmon saw. Run it without --no-guard to see the difference.")
+    else:
+        print("gradmon only watched. Run it without --no-guard to see the difference.")
+
+
+def event_table(events: list[Event]) -> str:
+    """Events as a table for a terminal; steps in a row with the same story share a line."""
+    rows = [("step", "rank", "parameter", "seen", "done")]
+    stories = groupby(events, key=lambda e: (e.kind, e.action, e.rank))
+    for (_, _, rank), group in stories:
+        told = list(group)
+        first, last = told[0], told[-1]
+        steps = str(first.step) if first.step == last.step else f"{first.step}-{last.step} ({len(told)}x)"
+        names = list(dict.fromkeys(e.parameter or "-" for e in told))
+        parameter = names[0] + (f" +{len(names) - 1}" if len(names) > 1 else "")
+        seen, _, done = first.message.partition(": ")
+        where = f" on rank {rank}, {first.parameter}"
+        rows.append((steps, "-" if rank is None else str(rank), parameter, seen.removesuffix(where), done))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

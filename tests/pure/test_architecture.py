@@ -1,0 +1,113 @@
+"""Who may import whom, and that importing does nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradmon
+from gradmon.record import METRICS, RESOURCE_METRICS, STEP_FIELDS
+
+ROOT = Path(gradmon.__file__).parent
+#: Module -> floor. A module imports only from lower floors, or from its own where it is listed as an exception.
+FLOORS = {
+    "record": 0, "config": 0, "log": 0,
+    "stats": 1, "local": 1, "detector": 1, "policy": 1, "actions": 1, "resources": 1, "clipping": 1, "handshake": 1,
+    "topology": 1, "landing": 1,
+    "journal": 2, "identity": 2,
+    "agent": 3,
+    "monitor": 4,
+    "cli": 5, "demo": 5, "__main__": 6,
+}  # fmt: skip
+#: Within a floor, read downwards: these may import those.
+WITHIN = {
+    "local": {"stats"}, "actions": {"stats", "detector"}, "landing": {"actions", "detector", "local", "policy"},
+    "topology": {"local"}, "identity": {"journal"}, "cli": {"demo"},
+}  # fmt: skip
+PURE = {"record", "detector", "policy"}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+SOURCES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    module = module_of(path)
+    assert module in FLOORS, "give the new module a floor"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "gradmon" and len(parts) > 1 and parts[1] in FLOORS and parts[1] != module:
+            lower = FLOORS[parts[1]] < FLOORS[module] or parts[1] in WITHIN.get(module, set())
+            assert lower, f"{module} (floor {FLOORS[module]}) imports {parts[1]} (floor {FLOORS[parts[1]]})"
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_pure_modules_have_no_torch_and_no_clock(module: str) -> None:
+    tops = {name.partition(".")[0] for name in imports(ROOT / f"{module}.py")}
+    assert not tops & {"torch", "time", "random", "os", "threading", "logging"}
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_has_no_side_effects() -> None:
+    code = """
+import sys, threading, atexit, signal
+before = atexit._ncallbacks(), threading.active_count(), signal.getsignal(signal.SIGTERM), sys.excepthook
+import gradmon, gradmon.record, gradmon.config
+assert 'torch' not in sys.modules
+assert (atexit._ncallbacks(), threading.active_count(), signal.getsignal(signal.SIGTERM), sys.excepthook) == before
+import torch, torch.nn.utils.clip_grad as c, torch.distributed
+from torch.optim import optimizer as o
+inner = c._clip_grads_with_norm_
+before = atexit._ncallbacks(), threading.active_count()
+import gradmon.monitor
+assert (atexit._ncallbacks(), threading.active_count()) == before
+assert not o._global_optimizer_pre_hooks and c._clip_grads_with_norm_ is inner
+print('fine')
+"""
+    assert run(code) == "fine\n"
+
+
+def test_the_training_process_imports_no_more_than_promised() -> None:
+    """torch, the standard library, pyyaml and psutil; the agent's libraries stay in the agent."""
+    code = """
+import sys, torch, yaml, psutil
+known = {name.partition('.')[0] for name in sys.modules}
+import gradmon, gradmon.monitor, gradmon.agent.launch
+new = {name.partition('.')[0] for name in sys.modules} - known - set(sys.stdlib_module_names)
+print(sorted(new))
+"""
+    assert run(code) == "['gradmon']\n"
+
+
+def test_metrics_are_named_by_the_rules() -> None:
+    for metric in METRICS:
+        assert metric.name.startswith("gradmon_")
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
+        assert metric.help.endswith("."), metric.name
+        assert metric.unit not in ("seconds", "bytes", "ratio") or metric.unit in metric.name, metric.name
+        assert not {"job", "instance", "node", "cluster"} & set(metric.labels), "Prometheus renames those"
+    assert len({m.name for m in METRICS}) == len(METRICS)
+    assert set(RESOURCE_METRICS.values()) <= {m.name for m in METRICS}
+    assert len(set(STEP_FIELDS)) == len(STEP_FIELDS)

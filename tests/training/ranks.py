@@ -1,0 +1,94 @@
+"""Real gloo ranks that stay up for a whole test session: a test costs milliseconds instead of a process start each.
+
+`Ranks(2).run(function, argument)` calls `function(argument)` on both ranks at once and returns what each returned.
+The function must be importable, since it travels by name.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+SECONDS = 60
+
+
+class RankError(Exception):
+    """A rank raised; the text holds its traceback."""
+
+
+class Ranks:
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results by rank. After a failure the processes are started anew, since their collectives may be out of step."""
+        outcomes = self.outcomes(function, *args)
+        failed = [o for o in outcomes if isinstance(o, BaseException)]
+        if failed:
+            self.stop()
+            raise failed[0]
+        return outcomes
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Like `run`, but a rank that raised gives its exception."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        outcomes: list[Any] = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(SECONDS):
+                self.stop()
+                raise RankError(f"rank {rank} did not answer within {SECONDS} s")
+            ok, value = pipe.recv()
+            outcomes.append(value if ok else RankError(value))
+        return outcomes
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GRADMON_AGENT="off")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=SECONDS / 2)
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException as error:
+            pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
