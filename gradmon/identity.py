@@ -136,6 +136,16 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}~{number}"
 
 
+def next_attempt(instance: Path, restart_count: int) -> int:
+    """Number of the attempt that starts now: torchrun's restart count, or one more than the last that lies there.
+
+    torchrun does not count a restart for a changed membership, and a process may attach twice; neither may replace a
+    journal that is there.
+    """
+    numbers = [int(p.name) for p in instance.iterdir() if p.name.isdecimal()] if instance.is_dir() else []
+    return max([restart_count, *(number + 1 for number in numbers)])
+
+
 def _instances(run_directory: Path) -> Iterator[Path]:
     if run_directory.is_dir():
         yield from (p for p in run_directory.iterdir() if p.is_dir())

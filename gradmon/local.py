@@ -52,13 +52,14 @@ def rank_row(stats_PK: Tensor, order_P: Tensor, errors: int = 0) -> Tensor:
     first = broken_P.to(torch.int8).argmax()
     largest = torch.where(broken_P, -1.0, squares_P).argmax()
     sums_K = stats_PK.sum(0)
+    # take, not order_P[first]: an index that is a tensor is read on the host
     return torch.stack(
         [
             sums_K[stats.SUM_OF_SQUARES],
             sums_K[stats.NAN_COUNT],
             sums_K[stats.INF_COUNT],
-            torch.where(broken_P.any(), order_P[first], 0).double(),
-            order_P[largest].double(),
+            torch.where(broken_P.any(), order_P.take(first), 0).double(),
+            order_P.take(largest).double(),
             torch.full_like(sums_K[0], errors),
         ]
     )

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,11 @@ def _agree(plan: _Plan | None, problem: Exception | None) -> Agreement:
             return {}
         name = identity.run_name(plan.config.run, os.environ, identity.script_name())
         instance = identity.instance_name(os.environ)
-        return {"run": identity.claim_run(plan.directory, name, instance), "instance": instance}
+        run = identity.claim_run(plan.directory, name, instance)
+        attempt = plan.ranks.attempt
+        if group is not None or plan.ranks.world_size == 1:  # else there is nobody to tell the others
+            attempt = identity.next_attempt(plan.directory / run / instance, attempt)
+        return {"run": run, "instance": instance, "attempt": attempt}
 
     group = plan.topology.group if plan is not None else _world()
     if group is None or dist.get_world_size(group) == 1:
@@ -202,7 +207,7 @@ class Monitor:
         self._orders: dict[tuple[int, ...], Tensor] = {}
         self._handles: list[Any] = []
         self._stepped: list[Optimizer] = []
-        self._marks: dict[Optimizer, list[tuple[int, int]]] = {}
+        self._marks: dict[Optimizer, _Marks] = {}
         self._measured: _Measured | None = None
         self._step: _Step | None = None
         self._previous: LandingStep | None = None
@@ -338,7 +343,7 @@ class Monitor:
         """True for a step's first optimizer. One verdict serves all optimizers, unless new gradients came since."""
         if self._step is None:
             return True
-        if optimizer in self._stepped or self._marks.get(optimizer) != _gradient_marks(optimizer):
+        if optimizer in self._stepped or not _unchanged(self._marks.get(optimizer, []), optimizer):
             self._end_step()
             return True
         return False
@@ -386,8 +391,8 @@ class Monitor:
         if self._awaiting_loss is not None:
             self._write_step(self._awaiting_loss)
         self._previous = LandingStep(HostCopy(vector), context)
-        if self._loss_follows:
-            self._awaiting_loss = self._previous
+        if self._loss_follows or (self._loss_follows is None and self._count == 1):
+            self._awaiting_loss = self._previous  # a loop that observes after its step does so next
         else:
             self._write_step(self._previous)
 
@@ -585,10 +590,23 @@ def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return (len(args) > 1 and callable(args[1])) or callable(kwargs.get("closure"))
 
 
-def _gradient_marks(optimizer: Optimizer) -> list[tuple[int, int]]:
-    """Changes whenever a gradient of `optimizer` is replaced or written."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    return [(id(g), g._version) for g in gradients if g is not None]
+_Marks = list[tuple["weakref.ref[Tensor]", int]]
+
+
+def _gradient_marks(optimizer: Optimizer) -> _Marks:
+    """What tells whether gradients of `optimizer` have been replaced or written since. Weak, so that memory is freed."""
+    return [(weakref.ref(g), g._version) for g in _gradients(optimizer)]
+
+
+def _unchanged(marks: _Marks, optimizer: Optimizer) -> bool:
+    now = _gradients(optimizer)
+    return len(now) == len(marks) and all(
+        ref() is g and version == g._version for (ref, version), g in zip(marks, now, strict=True)
+    )
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _identity(plan: _Plan, agreement: Agreement) -> RankIdentity:
@@ -598,7 +616,7 @@ def _identity(plan: _Plan, agreement: Agreement) -> RankIdentity:
     return RankIdentity(
         run=shared["run"],
         instance=shared["instance"],
-        attempt=plan.ranks.attempt,
+        attempt=shared["attempt"],
         rank=plan.ranks.rank,
         local_rank=plan.ranks.local_rank,
         world_size=plan.ranks.world_size,

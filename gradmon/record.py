@@ -108,7 +108,7 @@ class RankIdentity:
     instance: str
     """One start of that run (a Slurm job, a torchrun); survives restarts of its workers."""
     attempt: int
-    """TORCHELASTIC_RESTART_COUNT."""
+    """Which set of workers of the instance: TORCHELASTIC_RESTART_COUNT, or more where a journal lies there already."""
     rank: int
     local_rank: int
     world_size: int

@@ -1,0 +1,141 @@
+"""Find the agent of a directory, or start one. Used inside the training process, so it imports the standard library
+only.
+
+*Running* means that a living process holds the flock on `DIR/agent.lock`; the file then says where it listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gradmon
+from gradmon.journal import is_held
+
+LOCK_NAME = "agent.lock"
+LOG_NAME = "agent.log"
+#: An agent's log beyond this is begun anew when the next agent starts.
+LOG_BYTES = 1 << 20
+
+#: What torchrun tells its workers; the agent is none of them.
+_WORKER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_WORKER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "NCCL_", "OMP_")
+
+
+class AgentLock:
+    """The right to be the agent of a directory: at most one living process has it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOCK_NAME
+        self._descriptor = -1
+
+    def take(self) -> bool:
+        """Try for half a second, because whoever looks whether it is held holds it for a moment."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        for _ in range(10):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)
+            else:
+                self._descriptor = descriptor
+                return True
+        os.close(descriptor)
+        return False
+
+    def write(self, facts: dict[str, Any]) -> None:
+        """Say in the file who holds it, in place: the lock belongs to this very file."""
+        text = json.dumps(facts).encode()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text, 0)
+
+    def release(self) -> None:
+        """Give it back. A second call does nothing."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def agent_address(directory: Path) -> str | None:
+    """The URL of the agent of `directory`, None if none is running or it has not said where yet."""
+    path = directory / LOCK_NAME
+    if not is_held(path):
+        return None
+    try:
+        return str(json.loads(path.read_text())["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def wait_for_agent(directory: Path, timeout: float) -> str | None:
+    """The URL of the agent of `directory`, waiting up to `timeout` seconds for one that is starting."""
+    deadline = time.monotonic() + timeout
+    while True:
+        address = agent_address(directory)
+        if address is not None or time.monotonic() >= deadline:
+            return address
+        time.sleep(0.05)
+
+
+def ensure_agent(directory: Path, *, listen: str, port: int, linger_seconds: float | None) -> None:
+    """Start an agent for `directory` unless one is running; does not wait for it.
+
+    Call it while this rank holds its journal's lock, so that an agent about to end sees that somebody lives. Two
+    callers at once start two, and the flock lets one of them live.
+
+    Raises:
+        OSError: the directory can't be written, or no process be started.
+    """
+    if is_held(directory / LOCK_NAME):
+        return
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "gradmon", "agent", "--spawned", "--dir", str(directory.resolve())]
+    command += ["--listen", listen, "--port", str(port)]
+    if linger_seconds is not None:
+        command += ["--linger", str(linger_seconds)]
+    with _open_log(directory) as log:
+        # The shell starts the agent and ends: the training process keeps no child that somebody would have to wait
+        # for. A session of its own, because torchrun ends its workers by killpg; no inherited output, because
+        # `torchrun ... | tee log` would wait for the agent; no inherited descriptors, because sockets of NCCL are.
+        subprocess.run(
+            ["/bin/sh", "-c", '"$@" &', "gradmon-agent", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=_environment(),
+            close_fds=True,
+            start_new_session=True,
+            check=True,
+        )
+
+
+def _open_log(directory: Path) -> Any:
+    path = directory / LOG_NAME
+    too_long = path.exists() and path.stat().st_size > LOG_BYTES
+    return path.open("wb" if too_long else "ab")
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without what concerns a worker only, and with a way to this gradmon from `/`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _WORKER_VARIABLES and not name.startswith(_WORKER_PREFIXES)
+    }
+    paths = [str(Path(entry).resolve()) for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    home = Path(gradmon.__file__).resolve().parent.parent
+    if home.name not in ("site-packages", "dist-packages") and str(home) not in paths:
+        paths.append(str(home))
+    if paths:
+        kept["PYTHONPATH"] = os.pathsep.join(paths)
+    return kept

@@ -1,0 +1,275 @@
+"""What /metrics says, checked by promtool and by prometheus_client's own parsers."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import time
+
+import pytest
+from fake_journals import FakeRank, identity, killed_rank, nonfinite, record, simulate
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from gradmon.agent import exporter as exporter_module
+from gradmon.agent.exporter import Exporter
+from gradmon.agent.store import Store
+from gradmon.record import METRICS, METRICS_BY_NAME
+
+GPU = {
+    "resident_memory_bytes": 3e8,
+    "cpu_seconds": 12.5,
+    "host_memory_available_bytes": 8e9,
+    "gpu_memory_allocated_bytes": 1e9,
+    "gpu_memory_reserved_bytes": 2e9,
+    "gpu_memory_peak_allocated_bytes": 3e9,
+    "gpu_allocator_retries": 0.0,
+}
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+def exposition(directory, accept: str = "") -> str:
+    store = Store(directory)
+    store.refresh()
+    return Exporter(store).render(accept)[0].decode()
+
+
+def samples(text: str) -> dict[tuple[str, frozenset], float]:
+    """Every sample of an exposition; fails if one label set is there twice."""
+    found = {}
+    for family in parse_text(text):
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in found, f"twice: {key}"
+            found[key] = sample.value
+    return found
+
+
+def value(text: str, name: str, **labels: str) -> float | None:
+    return samples(text).get((name, frozenset(labels.items())))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Two ranks on a GPU, 400 steps with a NaN, a spike and a back-off, and a script of one rank on a CPU."""
+    ranks = [FakeRank(tmp_path, identity(run="gpt", rank=r, world_size=2, device="H100"), GPU) for r in range(2)]
+    ranks.append(FakeRank(tmp_path, identity(run="cpu")))
+    simulate(ranks[:2], 1, 400)
+    ranks[0].writer.count("gradmon_errors_total", ("hooks",))
+    assert ranks[0].writer.flush()
+    ranks[2].step(record(1))
+    yield tmp_path
+    for rank in ranks:
+        rank.end()
+
+
+def test_promtool_has_nothing_to_complain_about(directory, promtool):
+    text = exposition(directory)
+    assert text.count("\n") > 100
+    check = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (check.returncode, check.stdout, check.stderr) == (0, "", "")
+
+
+def test_promtool_would_complain(promtool):
+    bad = "# TYPE gradmon_steps counter\ngradmon_steps 1\n"
+    check = subprocess.run([promtool, "check", "metrics"], input=bad, capture_output=True, text=True, check=False)
+    assert check.returncode != 0
+
+
+def test_every_metric_is_exported_with_its_own_labels(directory):
+    text = exposition(directory)
+    seen: dict[str, set] = {}
+    for name, labels in samples(text):
+        seen.setdefault(name, set()).add(frozenset(key for key, _ in labels))
+    assert set(seen) == set(METRICS_BY_NAME)
+    for metric in METRICS:
+        assert seen[metric.name] == {frozenset(metric.labels)}
+        assert f"# HELP {metric.name} {metric.help}\n" in text
+        assert f"# TYPE {metric.name} {metric.kind}\n" in text
+
+
+def test_what_a_cpu_has_not_is_absent(directory):
+    text = exposition(directory)
+    gpu = [name for name in METRICS_BY_NAME if name.startswith("gradmon_gpu_")]
+    assert len(gpu) == 4
+    for name in gpu:
+        assert value(text, name, run="gpt", rank="1") is not None
+        assert value(text, name, run="cpu", rank="0") is None
+
+
+def test_values(directory):
+    text = exposition(directory)
+    assert value(text, "gradmon_steps_total", run="gpt", rank="1") == 400
+    assert value(text, "gradmon_nonfinite_steps_total", run="gpt") == 1
+    assert value(text, "gradmon_local_nonfinite_elements_total", run="gpt", rank="1", kind="nan") == 64
+    assert value(text, "gradmon_local_nonfinite_elements_total", run="gpt", rank="0", kind="nan") == 0
+    done = {"run": "gpt", "applied": "yes"}
+    assert value(text, "gradmon_actions_total", action="skip", reason="nonfinite", **done) == 1
+    assert value(text, "gradmon_actions_total", action="rescale", reason="spike", **done) == 2
+    assert value(text, "gradmon_actions_total", action="backoff", reason="spike_streak", **done) == 1
+    incident = {"run": "gpt", "rank": "0", "parameter": "blocks.0.attn.qkv.weight", "kind": "spike"}
+    assert value(text, "gradmon_last_incident_info", **incident) == 1
+    assert value(text, "gradmon_last_incident_step", run="gpt") == 231
+    assert value(text, "gradmon_agent_journals") == 3
+    assert value(text, "gradmon_errors_total", run="gpt", rank="0", part="hooks") == 1
+
+
+def test_the_last_incident_is_one_series_per_run(tmp_path):
+    rank = FakeRank(tmp_path, identity()).step(nonfinite(1, parameter="a"), nonfinite(2, parameter="b"))
+    text = exposition(tmp_path)
+    rank.end()
+    incidents = [dict(labels) for name, labels in samples(text) if name == "gradmon_last_incident_info"]
+    assert incidents == [{"run": "demo", "rank": "0", "parameter": "b", "kind": "nonfinite"}]
+
+
+def test_an_incident_nobody_can_be_blamed_for_says_so(tmp_path):
+    rank = FakeRank(tmp_path, identity()).step(nonfinite(1, culprit_rank=None, parameter=None))
+    text = exposition(tmp_path)
+    rank.end()
+    unknown = {"rank": "unknown", "parameter": "unknown"}
+    assert value(text, "gradmon_last_incident_info", run="demo", kind="nonfinite", **unknown) == 1
+
+
+def test_gauges_are_never_nan(tmp_path):
+    rank = FakeRank(tmp_path, identity()).step(
+        record(1, grad_norm=2.5, local_grad_norm=3.5, loss=4.5),
+        nonfinite(2, loss=math.nan),
+        nonfinite(3, loss=math.inf, grad_norm=math.inf),
+    )
+    text = exposition(tmp_path)
+    rank.end()
+    assert all(math.isfinite(v) for v in samples(text).values())
+    assert value(text, "gradmon_grad_norm", run="demo") == 2.5
+    assert value(text, "gradmon_local_grad_norm", run="demo", rank="0") == 3.5
+    assert value(text, "gradmon_loss", run="demo", rank="0") == 4.5
+    assert value(text, "gradmon_nonfinite_losses_total", run="demo", rank="0") == 2
+
+
+def test_counters_are_born_at_0_before_the_first_step(tmp_path):
+    rank = FakeRank(tmp_path, identity())
+    text = exposition(tmp_path)
+    rank.end()
+    assert value(text, "gradmon_steps_total", run="demo", rank="0") == 0
+    assert value(text, "gradmon_incidents_total", run="demo", rank="0", kind="nonfinite") == 0
+    skip = {"action": "skip", "reason": "nonfinite", "applied": "yes"}
+    assert value(text, "gradmon_actions_total", run="demo", **skip) == 0
+    assert value(text, "gradmon_grad_norm", run="demo") is None
+    assert value(text, "gradmon_agent_errors_total", part="journal") == 0
+
+
+def test_what_is_equal_on_all_ranks_comes_from_rank_0_only(tmp_path):
+    rank = FakeRank(tmp_path, identity(rank=3, world_size=8)).step(record(1), nonfinite(2))
+    text = exposition(tmp_path)
+    rank.end()
+    names = {name for name, _ in samples(text)}
+    run_level = {m.name for m in METRICS if "rank" not in m.labels and "run" in m.labels}
+    run_level.add("gradmon_last_incident_info")
+    assert not names & run_level
+    assert value(text, "gradmon_steps_total", run="demo", rank="3") == 2
+
+
+def test_up_and_finished(tmp_path):
+    ended = FakeRank(tmp_path, identity(run="ended")).step(record(1))
+    failed = FakeRank(tmp_path, identity(run="failed")).step(record(1))
+    living = FakeRank(tmp_path, identity(run="living")).step(record(1))
+    ended.end()
+    failed.end("exception", "ValueError: x")
+    killed_rank(tmp_path, run="killed")
+    text = exposition(tmp_path)
+    living.end()
+    assert {
+        run: (
+            value(text, "gradmon_rank_up", run=run, rank="0"),
+            value(text, "gradmon_rank_finished", run=run, rank="0"),
+        )
+        for run in ("ended", "failed", "living", "killed")
+    } == {"ended": (0, 1), "failed": (0, 0), "living": (1, 0), "killed": (0, 0)}
+
+
+def test_an_ended_run_leaves_after_a_while(tmp_path, monkeypatch):
+    rank = FakeRank(tmp_path, identity()).step(record(1))
+    monkeypatch.setattr(exporter_module, "ENDED_SECONDS", -1.0)
+    assert value(exposition(tmp_path), "gradmon_rank_up", run="demo", rank="0") == 1  # it lives, however old
+    rank.end()
+    assert value(exposition(tmp_path), "gradmon_rank_up", run="demo", rank="0") is None
+
+
+def test_two_instances_and_two_attempts_give_no_label_set_twice(tmp_path):
+    now = time.time()
+    ranks = [
+        FakeRank(tmp_path, identity(instance=name, attempt=attempt, started_seconds=now + i)).step(record(1))
+        for i, (name, attempt) in enumerate((("a", 0), ("a", 1), ("b", 0)))
+    ]
+    found = samples(exposition(tmp_path))
+    for rank in ranks:
+        rank.end()
+    assert found["gradmon_steps_total", frozenset({("run", "demo"), ("rank", "0")})] == 2
+    assert found["gradmon_steps_total", frozenset({("run", "demo~2"), ("rank", "0")})] == 1
+
+
+def test_openmetrics_for_those_who_ask(directory):
+    store = Store(directory)
+    store.refresh()
+    exporter = Exporter(store)
+    plain, plain_type = exporter.render("text/plain")
+    body, content_type = exporter.render(OPENMETRICS)
+    assert plain_type.startswith("text/plain; version=0.0.4")
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    text = body.decode()
+    assert text.endswith("# EOF\n")
+    assert "_created" not in text + plain.decode()
+    found = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in parse_openmetrics(text)
+        for sample in family.samples
+    }
+    assert found == samples(plain.decode())
+
+
+def test_awkward_names_survive(tmp_path):
+    parameter = 'a"b\\c\nd é'
+    rank = FakeRank(tmp_path, identity()).step(nonfinite(1, parameter=parameter))
+    text = exposition(tmp_path)
+    rank.end()
+    incident = {"run": "demo", "rank": "0", "parameter": parameter, "kind": "nonfinite"}
+    assert value(text, "gradmon_last_incident_info", **incident) == 1
+
+
+def test_a_failing_rank_is_left_out_and_counted(directory, monkeypatch, caplog):
+    honest = exporter_module._rank_samples
+
+    def failing(run, rank):
+        yield from honest(run, rank)
+        if (run, rank.number) == ("gpt", 1):
+            raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(exporter_module, "_rank_samples", failing)
+    text = exposition(directory)
+    assert value(text, "gradmon_agent_errors_total", part="exporter") == 1
+    assert value(text, "gradmon_rank_up", run="gpt", rank="1") is None  # nothing of it, not half of it
+    assert value(text, "gradmon_rank_up", run="gpt", rank="0") == 1
+    assert "broken on purpose" in caplog.text
+
+
+def test_a_rendering_is_used_for_a_second(tmp_path, monkeypatch):
+    rank = FakeRank(tmp_path, identity()).step(record(1))
+    store = Store(tmp_path)
+    store.refresh()
+    exporter = Exporter(store)
+    first = exporter.render("")
+    rank.step(record(2))
+    store.refresh()
+    assert exporter.render("") == first
+    monkeypatch.setattr(exporter_module, "CACHE_SECONDS", 0.0)
+    assert value(exporter.render("")[0].decode(), "gradmon_steps_total", run="demo", rank="0") == 2
+    rank.end()
+
+
+def test_a_counter_of_a_newer_writer_is_left_out(tmp_path):
+    rank = FakeRank(tmp_path, identity()).step(record(1))
+    rank.writer.count("gradmon_from_the_future_total")
+    assert rank.writer.flush()
+    text = exposition(tmp_path)
+    rank.end()
+    assert "future" not in text
+    assert value(text, "gradmon_steps_total", run="demo", rank="0") == 1

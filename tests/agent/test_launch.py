@@ -1,0 +1,178 @@
+"""Starting an agent from the training process: found, started once, outliving, and costing nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_journals import ROOT, get, until
+
+from gradmon.agent import launch
+from gradmon.agent.launch import AgentLock, agent_address, ensure_agent, wait_for_agent
+
+HERE = Path(__file__).parent
+TRAIN = """
+import os, sys, time
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from fake_journals import FakeRank, identity, record
+from gradmon.agent.launch import ensure_agent
+directory = Path({directory!r})
+rank = FakeRank(directory, identity()).step(record(1))
+ensure_agent(directory, listen="127.0.0.1", port=0, linger_seconds={linger})
+{rest}
+"""
+
+
+def train(directory: Path, rest: str = "rank.end()", linger: float = 30) -> list[str]:
+    """Command of a script that trains a step and has an agent started."""
+    code = TRAIN.format(here=str(HERE), directory=str(directory), rest=rest, linger=linger)
+    return [sys.executable, "-W", "error", "-c", code]
+
+
+def agents(directory: Path) -> list[int]:
+    """Process ids of the agents of `directory`."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"gradmon" in words and str(directory).encode() in words:
+                found.append(int(process.name))
+    return found
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A directory whose agents are ended after the test."""
+    yield tmp_path
+    for pid in agents(tmp_path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def address_of(directory: Path) -> str:
+    address = wait_for_agent(directory, 30)
+    assert address is not None, (directory / "agent.log").read_text()
+    return address
+
+
+def runs(address: str) -> list[dict]:
+    return json.loads(get(address + "/api/runs"))["runs"]
+
+
+def test_it_outlives_the_killing_of_the_whole_process_group(directory):
+    command = train(directory, "print('ready', flush=True); time.sleep(600)")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            address = address_of(directory)
+            until(lambda: runs(address) and runs(address)[0]["state"] == "running")
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    until(lambda: runs(address)[0]["state"] == "crashed")
+
+
+def test_a_pipe_behind_the_training_does_not_wait_for_the_agent(directory):
+    training = subprocess.Popen(train(directory, "print('trained'); rank.end()"), stdout=subprocess.PIPE, cwd=ROOT)
+    with training, subprocess.Popen(["cat"], stdin=training.stdout, stdout=subprocess.PIPE) as cat:
+        training.stdout.close()
+        assert cat.communicate(timeout=60)[0] == b"trained\n"
+    assert training.returncode == 0
+    assert runs(address_of(directory))[0]["state"] == "finished"  # it lingers
+    assert len(agents(directory)) == 1
+
+
+def test_it_leaves_no_child_to_the_training_process(directory):
+    rest = (
+        "from gradmon.agent.launch import wait_for_agent\nassert wait_for_agent(directory, 30)\nrank.end()\n"
+        "try: os.waitpid(-1, os.WNOHANG)\nexcept ChildProcessError: print('no child')"
+    )
+    done = subprocess.run(train(directory, rest), capture_output=True, text=True, check=False, cwd=ROOT, timeout=100)
+    assert (done.stdout, done.stderr, done.returncode) == ("no child\n", "", 0)
+
+
+def test_of_several_starters_one_agent_remains(directory):
+    ensure = (
+        "import sys; from pathlib import Path; from gradmon.agent.launch import ensure_agent; "
+        "ensure_agent(Path(sys.argv[1]), listen='127.0.0.1', port=0, linger_seconds=30)"
+    )
+    starters = [subprocess.Popen([sys.executable, "-c", ensure, str(directory)], cwd=ROOT) for _ in range(3)]
+    assert [starter.wait(60) for starter in starters] == [0, 0, 0]
+    address = address_of(directory)
+    until(lambda: len(agents(directory)) == 1)
+    assert json.loads(get(address + "/healthz"))["pid"] == agents(directory)[0]
+    ensure_agent(directory, listen="127.0.0.1", port=0, linger_seconds=30)  # one more, now that it runs
+    time.sleep(0.2)
+    assert len(agents(directory)) == 1
+    assert agent_address(directory) == address
+
+
+def test_it_starts_from_a_package_only_the_working_directory_knows(directory, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "here")
+    monkeypatch.chdir(directory)
+    (directory / "here").mkdir()
+    environment = launch._environment()
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(directory / "here"), str(ROOT)]
+
+
+def test_its_environment_is_no_workers(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "NCCL_DEBUG"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HOME", "/home/me")
+    environment = launch._environment()
+    assert environment["HOME"] == "/home/me"
+    assert not [name for name in environment if name.startswith(("RANK", "WORLD", "MASTER", "TORCH", "OMP", "NCCL"))]
+
+
+def test_the_log_is_bounded(directory):
+    log = directory / "agent.log"
+    log.write_bytes(b"x" * (launch.LOG_BYTES + 1))
+    with launch._open_log(directory) as opened:
+        opened.write(b"new\n")
+    assert log.read_bytes() == b"new\n"
+    with launch._open_log(directory) as opened:
+        opened.write(b"more\n")
+    assert log.read_bytes() == b"new\nmore\n"
+
+
+def test_launching_loads_no_server_and_no_torch():
+    code = (
+        "import sys, gradmon.agent.launch, gradmon.agent; "
+        "print(sorted({'torch', 'starlette', 'uvicorn', 'prometheus_client'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+
+
+class TestLock:
+    def test_it_is_taken_once_and_freed(self, tmp_path):
+        first, second = AgentLock(tmp_path), AgentLock(tmp_path)
+        assert first.take()
+        assert not second.take()
+        first.release()
+        first.release()
+        assert second.take()
+        second.release()
+
+    def test_the_address_counts_only_while_it_is_held(self, tmp_path):
+        lock = AgentLock(tmp_path)
+        assert agent_address(tmp_path) is None
+        assert lock.take()
+        assert agent_address(tmp_path) is None  # held, and not yet said
+        lock.write({"url": "http://127.0.0.1:1"})
+        assert agent_address(tmp_path) == "http://127.0.0.1:1"
+        lock.release()
+        assert agent_address(tmp_path) is None
+        (tmp_path / "agent.lock").write_text('{"url": "http://127.0.0.1:1"}')  # what kill -9 leaves
+        assert agent_address(tmp_path) is None
+
+    def test_waiting_for_nobody_ends(self, tmp_path):
+        assert wait_for_agent(tmp_path, 0.1) is None

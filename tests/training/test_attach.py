@@ -1,0 +1,335 @@
+"""Attaching: bad input, missing ranks, differing ranks. Every error names the thing and the cure, on all ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+import torch
+from ranks import RankError, Ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradmon
+from gradmon.identity import DirectoryError, EnvironmentVariableError
+from gradmon.journal import read_journal
+
+
+def parts() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = toy.build()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def some_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.randn(4, toy.FEATURES)).square().mean().backward()
+        optimizer.step()
+
+
+def test_frozen_model(directory: Path) -> None:
+    model, optimizer = parts()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        gradmon.attach(model, optimizer)
+
+
+def test_optimizer_over_other_parameters(directory: Path) -> None:
+    model, _ = parts()
+    _, other = parts()
+    with pytest.raises(
+        ValueError, match=r"8 parameters that are not the model's, the first of shape \(32, 24\); attach"
+    ):
+        gradmon.attach(model, other)
+
+
+@pytest.mark.parametrize("wrong", ["sgd", None, [1], []])
+def test_not_an_optimizer(directory: Path, wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="optimizer"):
+        gradmon.attach(parts()[0], wrong)
+
+
+def test_not_a_module(directory: Path) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module \(got dict\)"):
+        gradmon.attach({}, parts()[1])  # type: ignore[arg-type]
+
+
+def test_twice(directory: Path) -> None:
+    with gradmon.attach(*parts()):
+        with pytest.raises(RuntimeError, match=r"attached already in this process; call monitor.detach\(\) first"):
+            gradmon.attach(*parts())
+    gradmon.attach(*parts()).detach()
+
+
+def test_bad_config(directory: Path) -> None:
+    with pytest.raises(gradmon.ConfigError, match="clip.spike_ratio must be above 1"):
+        gradmon.attach(*parts(), config={"clip": {"spike_ratio": 1}})
+    gradmon.attach(*parts()).detach()
+
+
+def test_directory_that_cannot_be_written(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / "file").write_text("")
+    monkeypatch.setenv("GRADMON_DIR", str(directory / "file" / "below"))
+    with pytest.raises(DirectoryError, match="set GRADMON_DIR"):
+        gradmon.attach(*parts())
+
+
+def test_partial_torchrun_environment(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(EnvironmentVariableError, match="LOCAL_RANK and WORLD_SIZE not set although RANK is"):
+        gradmon.attach(*parts())
+
+
+def test_world_size_without_a_process_group_is_watched_only(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    model, optimizer = parts()
+    with gradmon.attach(model, optimizer) as monitor:
+        some_steps(model, optimizer)
+    assert "only watching, not acting: WORLD_SIZE is 2 but there is no process group" in caplog.text
+    assert not any(made.applied for _, made in read_journal(monitor.journal_path).steps)
+
+
+def test_a_journal_that_cannot_be_opened_costs_the_journal_only(
+    directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gradmon.monitor.JournalWriter", refuse)
+    model, optimizer = parts()
+    with gradmon.attach(model, optimizer) as monitor:
+        some_steps(model, optimizer)
+        assert monitor.step == 3
+        assert monitor.journal_path is None
+    assert "no journal for this rank, training goes on without it: [Errno 28]" in caplog.text
+
+
+def test_exceptions_are_the_scripts_own(directory: Path) -> None:
+    model, optimizer = parts()
+    with pytest.raises(KeyError, match="mine"), gradmon.attach(model, optimizer) as monitor:
+        some_steps(model, optimizer)
+        path = monitor.journal_path
+        raise KeyError("mine")
+    view = read_journal(path)
+    assert (view.state, view.detail, len(view.steps)) == ("exception", "KeyError: 'mine'", 3)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("loss", [torch.ones(3), torch.ones(0)])
+def test_loss_must_be_one_number(directory: Path, loss: torch.Tensor) -> None:
+    with gradmon.attach(*parts()) as monitor, pytest.raises(ValueError, match="loss must hold one element"):
+        monitor.observe(loss=loss)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_losses_belong_to_their_step(directory: Path, when: str) -> None:
+    model, optimizer = parts()
+    with gradmon.attach(model, optimizer) as monitor:
+        for step in range(1, 6):
+            optimizer.zero_grad()
+            model(torch.randn(4, toy.FEATURES)).square().mean().backward()
+            if when == "before":
+                monitor.observe(loss=torch.tensor(float(step)))
+                monitor.observe(loss=float(step + 1))  # a second micro-step
+            optimizer.step()
+            if when == "after":
+                monitor.observe(loss=torch.tensor(step + 0.5, requires_grad=True))
+    losses = {made.step: made.loss for _, made in read_journal(monitor.journal_path).steps}
+    if when == "after":  # the first call tells which way the loop goes
+        assert losses == {1: 1.5, 2: 2.5, 3: 3.5, 4: 4.5, 5: 5.5}
+    else:
+        assert losses == {step: step + 0.5 for step in range(1, 6)}
+
+
+def test_state_goes_on(directory: Path) -> None:
+    """Resumed == uninterrupted: the same spike is judged the same way."""
+
+    def run(resume_at: int | None) -> tuple[list[torch.Tensor], list[tuple[int, str, float | None]]]:
+        model, optimizer = parts()
+        generator = torch.Generator().manual_seed(5)
+        monitor = gradmon.attach(model, optimizer)
+        seen: list[Any] = []
+        for step in range(1, 41):
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, toy.FEATURES, generator=generator)).square().mean()
+            (loss * (1000 if step in (30, 31) else 1)).backward()
+            optimizer.step()
+            if step == resume_at:
+                state = monitor.state_dict()
+                monitor.detach()
+                seen += read_journal(monitor.journal_path).steps
+                monitor = gradmon.attach(model, optimizer)
+                monitor.load_state_dict(state)
+        monitor.detach()
+        seen += read_journal(monitor.journal_path).steps
+        parameters = [p.detach().clone() for p in model.parameters()]
+        return parameters, [(made.step, made.action, made.grad_norm_limit) for _, made in seen]
+
+    straight = run(None)
+    assert [action for _, action, _ in straight[1]].count("rescale") == 2
+    for at in (20, 30, 31):
+        assert toy.equal(run(at), straight)
+
+
+def test_state_of_something_else(directory: Path) -> None:
+    with gradmon.attach(*parts()) as monitor, pytest.raises(ValueError, match=r"version 1 \(got None\)"):
+        monitor.load_state_dict({})
+
+
+def test_one_verdict_for_several_optimizers(directory: Path) -> None:
+    """A NaN in the second optimizer's part: none of them steps."""
+    model = toy.build()
+    optimizers = [
+        torch.optim.SGD(model[0].parameters(), lr=0.1),
+        torch.optim.AdamW([*model[3].parameters(), *model[5].parameters()], fused=True),
+    ]
+    with gradmon.attach(model, optimizers) as monitor:
+        for step in range(1, 4):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            model(torch.randn(4, toy.FEATURES)).square().mean().backward()
+            if step == 2:
+                model[5].weight.grad[0, 0] = float("nan")
+            before = [p.detach().clone() for p in model.parameters()]
+            for optimizer in optimizers:
+                optimizer.step()
+            same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+            # model[2], the LayerNorm, has no optimizer
+            assert same == ([True] * 8 if step == 2 else [False, False, True, True, False, False, False, False])
+    written = [made for _, made in read_journal(monitor.journal_path).steps]
+    assert [(made.step, made.action) for made in written] == [(1, "none"), (2, "skip"), (3, "none")]
+    assert written[1].parameter == "5.weight"
+
+
+def test_optimizers_that_take_turns_are_judged_each_on_its_own_gradients(directory: Path) -> None:
+    """As in a GAN: the second backward comes after the first step; its NaN must not slip through."""
+    model = nn.ModuleDict({"d": nn.Linear(3, 1), "g": nn.Linear(3, 1)})
+    first, second = (torch.optim.SGD(model[k].parameters(), lr=0.1) for k in "dg")
+    with gradmon.attach(model, [first, second]) as monitor:
+        for step in range(3):
+            first.zero_grad()
+            second.zero_grad()
+            model["d"](torch.ones(1, 3)).sum().backward()
+            first.step()
+            before = model["g"].weight.detach().clone()
+            model["g"](torch.full((1, 3), float("nan") if step == 1 else 1.0)).sum().backward()
+            second.step()
+            assert torch.equal(before, model["g"].weight) == (step == 1)
+    assert [made.action for _, made in read_journal(monitor.journal_path).steps] == ["none"] * 3 + ["skip"] + [
+        "none"
+    ] * 2
+
+
+def test_closures_are_only_watched(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = toy.build()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    inputs = torch.randn(8, toy.FEATURES)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+
+    with gradmon.attach(model, optimizer) as monitor:
+        for _ in range(3):
+            optimizer.step(closure)
+    written = [made for _, made in read_journal(monitor.journal_path).steps]
+    assert len(written) == 3
+    assert all(made.grad_norm > 0 and not made.applied and made.reason == "unsynced" for made in written)
+    assert caplog.text.count("optimizer.step(closure)") == 1
+
+
+def test_the_scripts_clip_is_seen_through_an_early_import(directory: Path) -> None:
+    from torch.nn.utils import clip_grad_norm_ as imported_early
+
+    model, optimizer = parts()
+    with gradmon.attach(model, optimizer) as monitor:
+        optimizer.zero_grad()
+        (model(torch.randn(4, toy.FEATURES)) * 100).square().mean().backward()
+        norm = imported_early(iter(model.parameters()), 0.5)
+        optimizer.step()
+    (made,) = (made for _, made in read_journal(monitor.journal_path).steps)
+    assert float(norm) > 1
+    assert made.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    assert made.grad_norm_applied == pytest.approx(0.5, rel=1e-4)
+
+
+# --- several ranks -------------------------------------------------------------------------------------------------
+
+
+def try_to_attach(directory: str, kind: str) -> tuple[str, float]:
+    """The error on this rank and how long it took; then a run that works, on the same processes."""
+    os.environ["GRADMON_DIR"] = directory
+    rank = toy.rank()
+    model = DistributedDataParallel(toy.build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config: dict[str, Any] = {"attach_timeout_seconds": 2}
+    if kind == "config" and rank == 1:
+        config["clip"] = {"spike_ratio": 5}
+    if kind == "broken config" and rank == 1:
+        config["clip"] = {"spike_ratio": "a lot"}
+    if kind == "model" and rank == 1:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.ndim > 1], lr=0.1)
+    if kind == "directory" and rank == 0:
+        config["dir"] = "/proc/none"
+    started = time.monotonic()
+    error = ""
+    try:
+        if kind == f"no rank {rank}":
+            time.sleep(3)
+        else:
+            gradmon.attach(model, optimizer, config=config).detach()
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    took = time.monotonic() - started
+    torch.distributed.barrier()
+    if not kind.startswith("no rank"):  # there one process has attached less often than the other
+        with gradmon.attach(model, torch.optim.SGD(model.parameters(), lr=0.1)):
+            pass
+    return error, took
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("config", ["AttachError: setting clip differs between ranks: {'max_norm': None, 'spike_ratio': 4.0"] * 2),
+        (
+            "broken config",
+            [
+                "AttachError: rank 1: clip.spike_ratio must be a number",
+                "ConfigError: clip.spike_ratio must be a number",
+            ],
+        ),
+        ("model", ["AttachError: the model differs between ranks: '8 parameter tensors"] * 2),
+        ("directory", ["DirectoryError: dir /proc/none", "AttachError: rank 0: dir /proc/none can't be made"]),
+    ],
+)
+def test_ranks_that_do_not_fit_get_the_same_error(
+    two_ranks: Ranks, tmp_path: Path, kind: str, expected: list[str]
+) -> None:
+    for (error, _), start in zip(two_ranks.run(try_to_attach, str(tmp_path), kind), expected, strict=True):
+        assert error.startswith(start)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_never_attached_is_an_error_not_a_hang(two_ranks: Ranks, tmp_path: Path, missing: int) -> None:
+    outcomes = two_ranks.run(try_to_attach, str(tmp_path), f"no rank {missing}")
+    two_ranks.stop()  # the processes have attached unequally often
+    error, took = outcomes[1 - missing]
+    assert f"rank {missing} did not attach within 2 s" in error
+    assert "on every rank" in error
+    assert took < 3 * (2 + 5)
+
+
+def test_rank_error_is_reported(two_ranks: Ranks) -> None:
+    """The harness itself: a failing rank must fail the test."""
+    with pytest.raises(RankError, match="ZeroDivisionError"):
+        two_ranks.run(divmod, 1, 0)
