@@ -12,6 +12,7 @@ Two ways to the same result:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from gradmon import stats
 from gradmon.detector import Limits
-from gradmon.record import VERDICT_ACTIONS, VERDICT_REASONS
+from gradmon.record import Action, Reason
 
 _MISSING = object()
 
@@ -32,16 +33,12 @@ class Verdict:
 
     norm: Tensor
     """Global, unscaled, before any clipping."""
-    applied_norm: Tensor
-    """What is left after the script's clip and ours; 0 for a skip."""
+    left: Tensor
+    """What the script's own clip has left of it."""
     divisor: Tensor
     """Gradients are to be divided by this; exactly 1 for a step that is left alone."""
     skip: Tensor
     """1 or 0."""
-    action: Tensor
-    """Index into VERDICT_ACTIONS."""
-    reason: Tensor
-    """Index into VERDICT_REASONS."""
 
 
 def judge(norm: Tensor, left: Tensor, limits: Limits) -> Verdict:
@@ -52,30 +49,33 @@ def judge(norm: Tensor, left: Tensor, limits: Limits) -> Verdict:
         left: norm of what the script's own clip has left (`norm` where it has none).
         limits: from the detector, computed from earlier steps.
 
-    Comparisons are written so that NaN means skip: `norm > limit` alone is False for NaN.
+    `name_verdict` says in words what this has decided.
     """
-    broken = ~norm.isfinite()
-    spike = norm > limits.spike_above
-    over = left > limits.max_norm
     # full_like, not torch.tensor(x, device=...): the latter is a synchronous copy on CUDA
     max_norm = torch.full_like(norm, limits.max_norm)
-    target = torch.where(spike, min(limits.rescale_to, limits.max_norm), max_norm)
-    rescale = ~broken & (left > target)
-    divisor = torch.where(rescale, left / target, 1.0)
-    action = torch.where(broken, float(VERDICT_ACTIONS.index("skip")), rescale.double())
-    reason = torch.where(
-        spike, float(VERDICT_REASONS.index("spike")), over.double() * VERDICT_REASONS.index("max_norm")
-    )
-    reason = torch.where(broken, float(VERDICT_REASONS.index("nonfinite")), reason)
-    applied = torch.where(broken, 0.0, torch.where(rescale, target, left))
-    return Verdict(norm, applied, divisor, broken.double(), action, reason)
+    target = torch.where(norm > limits.spike_above, min(limits.rescale_to, limits.max_norm), max_norm)
+    divisor = torch.where(left > target, left / target, 1.0)
+    return Verdict(norm, left, divisor, norm.isfinite().logical_not_().double())
 
 
 def unjudged(norm: Tensor) -> Verdict:
-    """The verdict over gradients that differ between ranks: leave them alone, keep them out of the baseline."""
-    zero = torch.zeros_like(norm)
-    reason = torch.full_like(norm, VERDICT_REASONS.index("unsynced"))
-    return Verdict(norm, norm, torch.ones_like(norm), zero, zero, reason)
+    """The verdict over gradients that differ between ranks, or are not there yet: leave them alone."""
+    return Verdict(norm, norm, torch.ones_like(norm), torch.zeros_like(norm))
+
+
+def name_verdict(norm: float, left: float, divisor: float, limits: Limits) -> tuple[Action, Reason, float]:
+    """What `judge` decided, from its numbers on the host: action, reason, and the norm the optimizer got.
+
+    The comparisons are those of `judge`, in the same precision. NaN compares false with everything, so it comes first.
+    """
+    if not math.isfinite(norm):
+        return "skip", "nonfinite", 0.0
+    reason: Reason = "healthy"
+    if norm > limits.spike_above:
+        reason = "spike"
+    elif left > limits.max_norm:
+        reason = "max_norm"
+    return ("none" if divisor == 1.0 else "rescale"), reason, left / divisor
 
 
 class OptimizerActions:

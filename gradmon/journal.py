@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -446,8 +447,7 @@ _held_descriptors: set[int] = set()
 
 def _hold_lock(path: Path) -> int:
     """Take the lock for the life of this process; a reader that looks at it holds it for microseconds, so try again."""
-    if not _held_descriptors and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_close_inherited)
+    _register_at_fork()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     for attempt in range(20):
         try:
@@ -466,6 +466,12 @@ def _hold_lock(path: Path) -> int:
 def _drop_lock(descriptor: int) -> None:
     _held_descriptors.discard(descriptor)
     os.close(descriptor)
+
+
+@functools.cache
+def _register_at_fork() -> None:
+    """Once, and only when there is a lock: importing has no side effects."""
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 def _close_inherited() -> None:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradmon.actions import Verdict
+from gradmon.actions import Verdict, name_verdict
 from gradmon.detector import Limits
 from gradmon.local import (
     ROW,
     ROW_ERRORS,
-    ROW_FIRST_NONFINITE,
     ROW_INF,
-    ROW_LARGEST,
     ROW_NAN,
+    ROW_PARAMETER,
     ROW_SUM_OF_SQUARES,
 )
 from gradmon.policy import incident
-from gradmon.record import VERDICT_ACTIONS, VERDICT_REASONS, Event, StepRecord
+from gradmon.record import Event, StepRecord
 
 #: Scalars at the head of a step's vector; the ranks' rows follow.
-_HEAD = ("norm", "applied_norm", "action", "reason", "nan_count", "inf_count", "errors", "learning_rate")
+_HEAD = ("norm", "left", "divisor", "learning_rate", "errors", "sum_of_squares", "nan_count", "inf_count")
+
+
+#: A rank is blamed for a spike if its local norm is this many times the median of the other ranks'.
+_OUTSTANDING = 3.0
 
 
 class HostCopy:
@@ -62,6 +66,8 @@ class StepContext:
     wall_seconds: float
     step_seconds: float | None
     limits: Limits
+    judged: bool
+    """False if the gradients differed between ranks, or were computed inside the step."""
     applied: bool
     learning_rate: float | None
     """None if it travels in the vector, because it is a tensor."""
@@ -72,20 +78,9 @@ class StepContext:
 
 def pack(verdict: Verdict, stats_sums_K: Tensor, rows_WR: Tensor, learning_rate: Tensor | None) -> Tensor:
     """The step's vector, float64: `_HEAD`, then one row per rank."""
-    rate = torch.zeros_like(verdict.norm) if learning_rate is None else learning_rate.to(verdict.norm).reshape(())
-    head = torch.stack(
-        [
-            verdict.norm,
-            verdict.applied_norm,
-            verdict.action,
-            verdict.reason,
-            stats_sums_K[1],
-            stats_sums_K[2],
-            rows_WR[:, ROW_ERRORS].sum(),
-            rate,
-        ]
-    )
-    return torch.cat([head, rows_WR.flatten()])
+    rate = verdict.skip if learning_rate is None else learning_rate.to(verdict.norm).reshape(())
+    scalars = torch.stack((verdict.norm, verdict.left, verdict.divisor, rate, rows_WR[:, ROW_ERRORS].sum()))
+    return torch.cat((scalars, stats_sums_K, rows_WR.flatten()))
 
 
 class LandingStep:
@@ -108,10 +103,10 @@ class LandingStep:
         """
         values = self._vector.values()
         head: list[float] = values[: len(_HEAD)].tolist()
-        errors = head[_HEAD.index("errors")]
-        broken = VERDICT_REASONS[int(head[_HEAD.index("reason")])] in ("spike", "nonfinite")
-        rows = values[len(_HEAD) :].view(-1, len(ROW)).tolist() if broken else None
-        return self._record(head, rows, None, None), int(errors)
+        record = self._record(head, None, None, None)
+        if not record.healthy:
+            record = self._record(head, values[len(_HEAD) :].view(-1, len(ROW)).tolist(), None, None)
+        return record, int(head[_HEAD.index("errors")])
 
     def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
         """For the journal's thread: the whole record, and the event if the step was an incident."""
@@ -127,8 +122,10 @@ class LandingStep:
         self, head: list[float], rows: list[list[float]] | None, loss: float | None, memory_bytes: int | None
     ) -> StepRecord:
         known = self._context
-        norm, applied_norm, action, reason, nan_count, inf_count, _, rate = head
-        why = VERDICT_REASONS[int(reason)]
+        norm, left, divisor, rate, _errors, _squares, nan_count, inf_count = head
+        action, why, applied_norm = name_verdict(norm, left, divisor, known.limits)
+        if not known.judged:
+            action, why = "none", "unsynced"
         culprit, parameter = _culprit(rows, why, known) if rows is not None else (None, None)
         mine = None if rows is None else rows[known.rank if len(rows) > 1 else 0]
         return StepRecord(
@@ -136,14 +133,14 @@ class LandingStep:
             wall_seconds=known.wall_seconds,
             step_seconds=known.step_seconds,
             grad_norm=norm,
-            grad_norm_applied=applied_norm if known.applied or why == "unsynced" else norm,
+            grad_norm_applied=applied_norm if known.applied else left,
             grad_norm_limit=known.limits.spike_above if math.isfinite(known.limits.spike_above) else None,
             local_grad_norm=None if mine is None else _root(mine[ROW_SUM_OF_SQUARES]),
             nan_count=int(nan_count),
             inf_count=int(inf_count),
             local_nan_count=0 if mine is None else int(mine[ROW_NAN]),
             local_inf_count=0 if mine is None else int(mine[ROW_INF]),
-            action=VERDICT_ACTIONS[int(action)],
+            action=action,
             reason=why,
             applied=known.applied,
             culprit_rank=culprit,
@@ -160,17 +157,24 @@ def _root(sum_of_squares: float) -> float:
 
 
 def _culprit(rows: list[list[float]], why: str, known: StepContext) -> tuple[int | None, str | None]:
-    """Rank and parameter that broke the step. For a NaN the lowest rank that has one, for a spike the largest norm."""
-    if why not in ("spike", "nonfinite"):
-        return None, None
+    """Rank and parameter that broke the step; None where no rank stands out or none is known."""
     if why == "nonfinite":
         broken = [rank for rank, row in enumerate(rows) if not math.isfinite(row[ROW_SUM_OF_SQUARES])]
         if not broken:  # every rank was finite, their average was not
             return None, None
-        place, column = broken[0], ROW_FIRST_NONFINITE
-    else:
+        place = broken[0]
+    elif why == "spike":
         place = max(range(len(rows)), key=lambda rank: rows[rank][ROW_SUM_OF_SQUARES])
-        column = ROW_LARGEST
-    number = int(rows[place][column])
-    name = known.names[number - 1] if 0 < number <= len(known.names) else None
-    return (place if len(rows) > 1 else known.rank), name
+    else:
+        return None, None
+    number = int(rows[place][ROW_PARAMETER])
+    parameter = known.names[number - 1] if 0 < number <= len(known.names) else None
+    if why == "spike" and not _stands_out(rows, place):
+        return None, parameter
+    return (place if len(rows) > 1 else known.rank), parameter
+
+
+def _stands_out(rows: list[list[float]], place: int) -> bool:
+    """A bad batch is one rank's; a bad learning rate makes all ranks spike alike, and then none is to blame."""
+    others = [row[ROW_SUM_OF_SQUARES] for rank, row in enumerate(rows) if rank != place]
+    return not others or rows[place][ROW_SUM_OF_SQUARES] > _OUTSTANDING**2 * statistics.median(others)

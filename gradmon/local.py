@@ -15,6 +15,7 @@ Legend: W ranks, R columns of a rank's row (`ROW`), P parameters, K statistics.
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with types.
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -27,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradmon import stats
 
-#: What each rank tells the others about its own gradients in a step. Parameters are numbered from 1; 0 means none.
-ROW = ("sum_of_squares", "nan_count", "inf_count", "first_nonfinite", "largest", "errors")
-ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_FIRST_NONFINITE, ROW_LARGEST, ROW_ERRORS = range(len(ROW))
+#: What each rank tells the others about its own gradients in a step. `parameter` is the number, from 1, of the first
+#: one that is not finite, in the order backward came to them; where all are finite, of the one with the largest norm.
+ROW = ("sum_of_squares", "nan_count", "inf_count", "parameter", "errors")
+ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_PARAMETER, ROW_ERRORS = range(len(ROW))
 
 
 class HookTakenError(RuntimeError):
@@ -48,21 +50,11 @@ def rank_row(stats_PK: Tensor, order_P: Tensor, errors: int = 0) -> Tensor:
         row_R, float64, on the device of `stats_PK`; nothing is read back.
     """
     squares_P = stats_PK[:, stats.SUM_OF_SQUARES]
-    broken_P = ~squares_P.isfinite()
-    first = broken_P.to(torch.int8).argmax()
-    largest = torch.where(broken_P, -1.0, squares_P).argmax()
-    sums_K = stats_PK.sum(0)
-    # take, not order_P[first]: an index that is a tensor is read on the host
-    return torch.stack(
-        [
-            sums_K[stats.SUM_OF_SQUARES],
-            sums_K[stats.NAN_COUNT],
-            sums_K[stats.INF_COUNT],
-            torch.where(broken_P.any(), order_P.take(first), 0).double(),
-            order_P.take(largest).double(),
-            torch.full_like(sums_K[0], errors),
-        ]
-    )
+    # argmax takes the first of equals, so broken ones count as infinite alike
+    place = torch.nan_to_num(squares_P, nan=math.inf, posinf=math.inf).argmax()
+    # take, not order_P[place]: an index that is a tensor is read on the host
+    rest = torch.stack((order_P.take(place).double(), torch.full_like(squares_P[0], errors)))
+    return torch.cat((stats_PK.sum(0), rest))
 
 
 class LocalHook:

@@ -181,6 +181,7 @@ class _Step:
     measured: _Measured
     verdict: Verdict
     limits: Limits
+    judged: bool
     acting: bool
     scale: float
     rate: float | Tensor
@@ -362,7 +363,9 @@ class Monitor:
             verdict = actions.unjudged(measured.norm)
         acting = self._acts and judged
         scale = self._policy.scale if acting else 1.0
-        self._step = _Step(measured, verdict, limits, acting, scale, actions.learning_rate(self._watched.optimizers[0]))
+        self._step = _Step(
+            measured, verdict, limits, judged, acting, scale, actions.learning_rate(self._watched.optimizers[0])
+        )
         if len(self._actions) > 1:
             self._marks = {o: _gradient_marks(o) for o in self._actions}
 
@@ -381,6 +384,7 @@ class Monitor:
             wall_seconds=time.time(),
             step_seconds=None if self._last_end is None else now - self._last_end,
             limits=step.limits,
+            judged=step.judged,
             applied=step.acting,
             learning_rate=None if isinstance(step.rate, Tensor) else step.rate,
             learning_rate_scale=step.scale,
@@ -594,7 +598,7 @@ _Marks = list[tuple["weakref.ref[Tensor]", int]]
 
 
 def _gradient_marks(optimizer: Optimizer) -> _Marks:
-    """What tells whether gradients of `optimizer` have been replaced or written since. Weak, so that memory is freed."""
+    """What tells whether gradients of `optimizer` were replaced or written since. Weak, so that memory is freed."""
     return [(weakref.ref(g), g._version) for g in _gradients(optimizer)]
 
 

@@ -22,10 +22,6 @@ Action = Literal["none", "rescale", "skip", "backoff"]
 Reason = Literal["healthy", "spike", "max_norm", "nonfinite", "spike_streak", "unsynced"]
 MetricKind = Literal["counter", "gauge"]
 
-#: Position in this tuple is how a verdict travels inside the device vector, so the order is part of the protocol.
-VERDICT_ACTIONS: tuple[Action, ...] = ("none", "rescale", "skip")
-VERDICT_REASONS: tuple[Reason, ...] = ("healthy", "spike", "max_norm", "nonfinite", "unsynced")
-
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -59,7 +55,7 @@ class StepRecord:
     applied: bool
     """False in `mode: observe` and in topologies where gradmon only watches."""
     culprit_rank: int | None
-    """Rank whose local gradients broke this step; None for a healthy step or where it can't be told."""
+    """Rank whose local gradients broke this step; None for a healthy step, or where no rank stands out."""
     parameter: str | None
     """Parameter that broke first in backward order (non-finite), or holds the largest norm (spike)."""
     learning_rate: float

@@ -11,6 +11,7 @@ float64. On other devices everything is accumulated in float64 at once.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ _CHUNK = 1 << 17
 
 def dense(gradient: Tensor) -> Tensor:
     """The numbers a gradient really holds: a sparse one's values, a complex one's two halves, a DTensor's own shard."""
-    if hasattr(gradient, "to_local"):
+    if type(gradient) is not Tensor and hasattr(gradient, "to_local"):
         gradient = gradient.to_local()
     if gradient.layout != torch.strided:
         gradient = gradient.coalesce().values()
@@ -59,8 +60,8 @@ def measure(gradients: Sequence[Tensor], *, host_reads: bool | None = None) -> T
         stats_PK[:, INF_COUNT] = torch.stack([v.isinf().sum() for v in values])
         return stats_PK
     squares_P = _sums_of_squares_on_cpu(values)
-    for p in (~squares_P.isfinite()).nonzero().flatten().tolist():
-        # A broken or a huge gradient: rare, so it may cost more passes.
+    broken = [] if math.isfinite(float(squares_P.sum())) else (~squares_P.isfinite()).nonzero().flatten().tolist()
+    for p in broken:  # or just huge: rare, so it may cost more passes
         squares_P[p] = sum(
             (_squared_in_float64(c) for c in _chunks(values[p])), start=torch.zeros((), dtype=torch.float64)
         )
@@ -76,18 +77,37 @@ def total_norm(stats_PK: Tensor) -> Tensor:
 
 
 def _sums_of_squares_on_cpu(values: Sequence[Tensor]) -> Tensor:
+    """squares_P in float64; not finite where a gradient is not, or is too large for float32."""
+    if all(v.numel() <= _CHUNK for v in values):
+        return _small_squares(values)
     parts: list[Tensor] = []
-    for value in values:
-        for chunk in _chunks(value):
-            if chunk.dtype in (torch.float32, torch.float64):
-                parts.append(torch.dot(chunk, chunk))
-            else:
-                parts.append(torch.linalg.vector_norm(chunk, dtype=torch.float32).square())
-    flat = torch.stack([p.double() for p in parts] if any(p.dtype == torch.float64 for p in parts) else parts).double()
-    if len(parts) == len(values):
-        return flat
-    owners = _owners(tuple(v.numel() for v in values))
-    return torch.zeros(len(values), dtype=torch.float64).index_add_(0, owners, flat)
+    owners: list[int] = []
+    small = [p for p, v in enumerate(values) if v.numel() <= _CHUNK]
+    for p, value in enumerate(values):
+        if value.numel() > _CHUNK:
+            chunks = _chunks(value)
+            parts.extend(map(_squared, chunks))
+            owners.extend([p] * len(chunks))
+    squares_P = torch.zeros(len(values), dtype=torch.float64)
+    squares_P.index_add_(0, _indices(tuple(owners)), torch.stack(parts))
+    if small:
+        squares_P.index_add_(0, _indices(tuple(small)), _small_squares([values[p] for p in small]))
+    return squares_P
+
+
+def _small_squares(values: Sequence[Tensor]) -> Tensor:
+    """All in one call: for small tensors calls are what costs."""
+    wide = any(v.dtype == torch.float64 for v in values)
+    norms = torch._foreach_norm(list(values), 2, dtype=torch.float64 if wide else torch.float32)
+    return torch.stack(list(norms)).double().square_()
+
+
+def _squared(chunk: Tensor) -> Tensor:
+    """Sum of squares of a chunk, at memory speed."""
+    if chunk.dtype in (torch.float32, torch.float64):
+        return torch.dot(chunk, chunk).double()
+    norm: Tensor = torch.linalg.vector_norm(chunk, dtype=torch.float32)
+    return norm.double().square_()
 
 
 def _chunks(value: Tensor) -> Sequence[Tensor]:
@@ -96,10 +116,8 @@ def _chunks(value: Tensor) -> Sequence[Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def _owners(sizes: tuple[int, ...]) -> Tensor:
-    """For each chunk, the number of the gradient it belongs to."""
-    chunks = torch.tensor([max(1, -(-size // _CHUNK)) for size in sizes])
-    return torch.repeat_interleave(torch.arange(len(sizes)), chunks)
+def _indices(numbers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers)
 
 
 def _squared_in_float64(chunk: Tensor) -> Tensor:

@@ -128,8 +128,9 @@ def event_table(events: list[Event]) -> str:
         names = list(dict.fromkeys(e.parameter or "-" for e in told))
         parameter = names[0] + (f" +{len(names) - 1}" if len(names) > 1 else "")
         seen, _, done = first.message.partition(": ")
-        where = f" on rank {rank}, {first.parameter}"
-        rows.append((steps, "-" if rank is None else str(rank), parameter, seen.removesuffix(where), done))
+        for told_already in (f", {first.parameter}", f" on rank {rank}"):
+            seen = seen.removesuffix(told_already)
+        rows.append((steps, "-" if rank is None else str(rank), parameter, seen, done))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -41,12 +41,12 @@ class Fault:
 
     @staticmethod
     def schedule(steps: int, ranks: int) -> Mapping[tuple[int, int], Fault]:
-        """(rank, step) -> fault: a corrupted batch, three NaN steps, a learning rate 30 times too high for a while."""
+        """By (rank, step): a corrupted batch, three NaN steps, six steps with a learning rate 30 times too high."""
         victim = min(1, ranks - 1)
         at = {(victim, steps // 4): Fault("corrupted")}
         at.update({(victim, steps * 45 // 100 + i): Fault("nan") for i in range(3)})
-        glitch = steps * 65 // 100
-        at.update({(rank, glitch + i): Fault("rate") for rank in range(ranks) for i in range(max(5, steps // 40))})
+        glitch = steps * 70 // 100
+        at.update({(rank, glitch + i): Fault("rate") for rank in range(ranks) for i in range(6)})
         return at
 
 

@@ -81,7 +81,7 @@ def test_bad_files(tmp_path: Path, text: str, complaint: str) -> None:
 
 
 def test_missing_file() -> None:
-    with pytest.raises(ConfigError, match="config file /nonexistent.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"config file /nonexistent\.yaml does not exist"):
         load("/nonexistent.yaml", environ={})
 
 

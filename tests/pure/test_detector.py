@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -15,7 +16,7 @@ from gradmon.detector import ACTIVE_FROM, Detector, RunningMedian
 def published_limit(norms: list[float]) -> tuple[float, float]:
     """The formula of the design, written down directly: (spike_above, rescale_to)."""
     levels = [math.log(n) for n in norms if math.isfinite(n) and n > 0]
-    jumps = [abs(b - a) for a, b in zip(levels, levels[1:], strict=False)][-128:]
+    jumps = [abs(b - a) for a, b in itertools.pairwise(levels)][-128:]
     window = levels[-65:]
     middle = statistics.median(window)
     sigma = max(0.05, 1.4826 * statistics.median(jumps) / math.sqrt(2))

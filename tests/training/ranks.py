@@ -29,7 +29,7 @@ class Ranks:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results by rank. After a failure the processes are started anew, since their collectives may be out of step."""
+        """Results by rank. After a failure the processes are started anew: they may be out of step."""
         outcomes = self.outcomes(function, *args)
         failed = [o for o in outcomes if isinstance(o, BaseException)]
         if failed:

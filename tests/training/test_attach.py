@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy
 import torch
+import toy
 from ranks import RankError, Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -59,14 +59,14 @@ def test_not_a_module(directory: Path) -> None:
 
 
 def test_twice(directory: Path) -> None:
-    with gradmon.attach(*parts()):
-        with pytest.raises(RuntimeError, match=r"attached already in this process; call monitor.detach\(\) first"):
-            gradmon.attach(*parts())
+    message = r"attached already in this process; call monitor.detach\(\) first"
+    with gradmon.attach(*parts()), pytest.raises(RuntimeError, match=message):
+        gradmon.attach(*parts())
     gradmon.attach(*parts()).detach()
 
 
 def test_bad_config(directory: Path) -> None:
-    with pytest.raises(gradmon.ConfigError, match="clip.spike_ratio must be above 1"):
+    with pytest.raises(gradmon.ConfigError, match=r"clip\.spike_ratio must be above 1"):
         gradmon.attach(*parts(), config={"clip": {"spike_ratio": 1}})
     gradmon.attach(*parts()).detach()
 
@@ -113,11 +113,16 @@ def test_a_journal_that_cannot_be_opened_costs_the_journal_only(
 
 def test_exceptions_are_the_scripts_own(directory: Path) -> None:
     model, optimizer = parts()
-    with pytest.raises(KeyError, match="mine"), gradmon.attach(model, optimizer) as monitor:
-        some_steps(model, optimizer)
-        path = monitor.journal_path
-        raise KeyError("mine")
-    view = read_journal(path)
+    monitor = gradmon.attach(model, optimizer)
+
+    def script() -> None:
+        with monitor:
+            some_steps(model, optimizer)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        script()
+    view = read_journal(monitor.journal_path)
     assert (view.state, view.detail, len(view.steps)) == ("exception", "KeyError: 'mine'", 3)
     assert not optimizer._optimizer_step_pre_hooks
 

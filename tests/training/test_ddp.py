@@ -144,6 +144,16 @@ def test_spikes_are_rescaled_not_skipped(two_ranks: Ranks, tmp_path: Path, optim
         assert not equal(outcome.copies[19][0], outcome.copies[20][0])
 
 
+def test_a_spike_of_all_ranks_is_nobodys(two_ranks: Ranks, tmp_path: Path) -> None:
+    """As after a learning rate that was too high: naming a rank would send somebody to the wrong machine."""
+    outcomes = two_ranks.run(toy.train, Job(str(tmp_path), spike=((0, 20), (1, 20))))
+    for outcome in outcomes:
+        assert records(outcome)[20].reason == "spike"
+        assert records(outcome)[20].culprit_rank is None
+        assert records(outcome)[20].parameter is not None
+        assert outcome.journal.counters["gradmon_incidents_total", ("spike",)] == 0
+
+
 def test_rescaled_step_is_the_one_plain_torch_would_take(two_ranks: Ranks, tmp_path: Path) -> None:
     """SGD without momentum in the first step: the update is the rate times the gradient, so its norm is known."""
     job = Job(str(tmp_path), steps=20, optimizer="sgd", spike=((1, 20),), copies_at=(19, 20))

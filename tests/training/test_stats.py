@@ -100,7 +100,7 @@ def test_no_gradients() -> None:
 def test_row_names_first_broken_and_largest() -> None:
     gradients = [torch.ones(3), torch.full((2,), 5.0), torch.tensor([math.nan, 1.0]), torch.tensor([math.inf])]
     order = torch.tensor([40, 30, 20, 10])
-    assert rank_row(measure(gradients[:2]), order[:2]).tolist() == [53.0, 0, 0, 0, 30, 0]
+    assert rank_row(measure(gradients[:2]), order[:2]).tolist() == pytest.approx([53.0, 0, 0, 30, 0])
     row = rank_row(measure(gradients), order, errors=2).tolist()
     assert math.isnan(row[0])
-    assert row[1:] == [1, 1, 20, 30, 2]
+    assert row[1:] == [1, 1, 20, 2]

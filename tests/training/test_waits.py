@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy
 import torch
+import toy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradmon

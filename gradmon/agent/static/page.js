@@ -224,7 +224,7 @@ const SPECS = [
     },
   },
   { title: "Local norm per rank, before the all-reduce", log: true, format: number, field: "local_grad_norm" },
-  { title: "Loss", format: number, field: "loss", none: "no loss yet: monitor.observe(loss=loss)" },
+  { title: "Loss", format: number, field: "loss", robust: true, none: "no loss yet: monitor.observe(loss=loss)" },
   {
     title: "Learning-rate scale",
     format: (v) => (finite(v) ? `×${number(v)}` : "–"),
@@ -262,11 +262,19 @@ function logSplits(_u, _axis, min, max) {
   return out;
 }
 
+/** Top of what the values usually are: one broken batch's loss would flatten a whole run into a line at the bottom. */
+function usualTop(u) {
+  const values = u.data.slice(1).flat().filter(finite).sort((a, b) => a - b);
+  const at = (share) => values[Math.min(values.length - 1, Math.floor(share * values.length))];
+  return at(0.98) + 1.5 * (at(0.98) - at(0.02));
+}
+
 function yRange(spec) {
-  return (_u, min, max) => {
+  return (u, min, max) => {
     if (!finite(min) || !finite(max)) return spec.log ? [0.1, 10] : spec.range ? spec.range(0, 1) : [0, 1];
     if (spec.range) return spec.range(min, max);
     if (spec.log) return [min / 1.35, max * 1.5];
+    if (spec.robust) max = Math.min(max, usualTop(u));
     const pad = (max - min || Math.abs(max) || 1) * 0.08;
     return [min - pad, max + pad];
   };
