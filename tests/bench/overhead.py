@@ -164,11 +164,9 @@ def table(result: dict[str, Any]) -> str:
             f"{1e6 * result['put_median']:.1f} / {1e6 * result['put_p99']:.1f} us",
         ),
     ]
-    machine = (
-        f"{os.cpu_count()} CPUs ({platform.machine()}), torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    head = f"demo model ({result['parameters']:,} parameters), fused AdamW, DDP on 2 gloo ranks with 1 thread each; {machine}"
-    lines = [head, "", "| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    machine = f"{os.cpu_count()} CPUs ({_processor()}), torch {torch.__version__}, Python {platform.python_version()}"
+    job = f"demo model ({result['parameters']:,} parameters), fused AdamW, DDP on 2 gloo ranks with 1 thread each"
+    lines = [f"{job}; {machine}", "", "| what | measured |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows)]
     return "\n".join(lines)
 
 

@@ -1,0 +1,59 @@
+"""The README says what is: its metric table is METRICS, its example runs, its settings load."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from gradmon.config import Config, load
+from gradmon.record import METRICS
+
+README = Path(__file__).parent.parent.parent / "README.md"
+
+
+def metric_table() -> str:
+    """METRICS as Markdown."""
+    rows = [f"| `{m.name}` | {m.kind} | {', '.join(m.labels)} | {m.help} |" for m in METRICS]
+    return "\n".join(["| metric | kind | labels | meaning |", "|---|---|---|---|", *rows])
+
+
+def block(language: str, containing: str) -> str:
+    found = [b for b in re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL) if containing in b]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_the_metric_table_is_metrics() -> None:
+    """To bring it up to date: python tests/pure/test_readme.py"""
+    assert metric_table() in README.read_text()
+
+
+def test_the_settings_shown_are_the_defaults() -> None:
+    shown = yaml.safe_load(block("yaml", "backoff"))
+    loaded = load({**shown, "run": None}, environ={}).config
+    assert loaded == Config()
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(block("python", "gradmon.attach"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "GRADMON_DIR": str(tmp_path), "GRADMON_AGENT": "off", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "guarding run train (2 ranks)" in done.stderr
+
+
+if __name__ == "__main__":
+    text = re.sub(
+        r"(<!-- metrics: .*? -->\n).*(<!-- end of metrics -->)",
+        lambda match: match[1] + metric_table() + "\n" + match[2],
+        README.read_text(),
+        flags=re.DOTALL,
+    )
+    README.write_text(text)
