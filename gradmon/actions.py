@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from gradmon import stats
 from gradmon.detector import Limits
 from gradmon.record import Action, Reason
 
@@ -55,7 +54,8 @@ def judge(norm: Tensor, left: Tensor, limits: Limits) -> Verdict:
     max_norm = torch.full_like(norm, limits.max_norm)
     target = torch.where(norm > limits.spike_above, min(limits.rescale_to, limits.max_norm), max_norm)
     divisor = torch.where(left > target, left / target, 1.0)
-    return Verdict(norm, left, divisor, norm.isfinite().logical_not_().double())
+    whole = norm.isfinite().logical_and_(left.isfinite())  # a clip by an overflowed norm leaves NaN behind
+    return Verdict(norm, left, divisor, whole.logical_not_().double())
 
 
 def unjudged(norm: Tensor) -> Verdict:
@@ -68,7 +68,7 @@ def name_verdict(norm: float, left: float, divisor: float, limits: Limits) -> tu
 
     The comparisons are those of `judge`, in the same precision. NaN compares false with everything, so it comes first.
     """
-    if not math.isfinite(norm):
+    if not (math.isfinite(norm) and math.isfinite(left)):
         return "skip", "nonfinite", 0.0
     reason: Reason = "healthy"
     if norm > limits.spike_above:
@@ -89,7 +89,7 @@ class OptimizerActions:
         self.optimizer = optimizer
         self._aside: list[tuple[Tensor, Tensor]] = []
         self._entries: list[dict[str, Any]] = []
-        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._rates: list[tuple[dict[str, Any], float | Tensor, float | Tensor]] = []
         self._attributes: dict[str, Any] = {}
 
     def before(self, verdict: Verdict | None, learning_rate_scale: float) -> None:
@@ -107,27 +107,30 @@ class OptimizerActions:
         """Undo everything that was for this step only."""
         self.restore()
 
-    def before_state_dict(self, _optimizer: Optimizer) -> None:
-        """A checkpoint taken after a step that raised must not save what was for that step only."""
-        self.restore()
-
     def restore(self) -> None:
-        """Put back gradients, group entries, learning rates and attributes that are still changed, if any are."""
-        for group, rate in self._rates:
-            _set_rate(group, rate)
-        self._rates.clear()
-        for parameter, gradient in self._aside:
-            parameter.grad = gradient
-        for group, entries in zip(self.optimizer.param_groups, self._entries, strict=False):
-            group.update(entries)
-        self._aside.clear()
-        self._entries.clear()
-        for name, value in self._attributes.items():
+        """Put back gradients, group entries, learning rates and attributes that are still as this step left them.
+
+        What the script has changed since is its own: a new gradient, another rate.
+        """
+        while self._rates:
+            group, rate, ours = self._rates.pop()
+            if isinstance(rate, Tensor) and group["lr"] is ours:
+                ours.copy_(rate)
+            elif group["lr"] is ours:
+                group["lr"] = rate
+        while self._aside:
+            parameter, gradient = self._aside.pop()
+            if parameter.grad is None:
+                parameter.grad = gradient
+        entries, self._entries = self._entries, []
+        for group, kept in zip(self.optimizer.param_groups, entries, strict=False):
+            group.update(kept)
+        attributes, self._attributes = self._attributes, {}
+        for name, value in attributes.items():
             if value is _MISSING:
                 vars(self.optimizer).pop(name, None)  # GradScaler may have deleted it already
             else:
                 setattr(self.optimizer, name, value)
-        self._attributes.clear()
 
     def _offer(self, verdict: Verdict) -> None:
         """Let the fused kernel skip and divide. found_inf must be exactly 1 or 0, so two are joined by maximum."""
@@ -149,8 +152,9 @@ class OptimizerActions:
         if skip:
             self._hold_aside()
         elif divisor != 1.0:
-            gradients = [stats.dense(g) for g in self._gradients()]
-            torch._foreach_mul_(gradients, 1.0 / divisor)
+            # A sparse gradient is scaled as it lies: coalescing would scale a copy.
+            values = [g if g.layout == torch.strided else g._values() for g in self._gradients()]
+            torch._foreach_mul_([v.to_local() if hasattr(v, "to_local") else v for v in values], 1.0 / divisor)
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -167,12 +171,13 @@ class OptimizerActions:
     def _scale_rate(self, scale: float) -> None:
         for group in self.optimizer.param_groups:
             rate = group["lr"]
-            if isinstance(rate, Tensor):  # capturable and compiled steps hold on to the tensor: change it in place
-                self._rates.append((group, rate.clone()))
-                rate.mul_(scale)
-            else:
-                self._rates.append((group, rate))
+            if not isinstance(rate, Tensor):
                 group["lr"] = rate * scale
+                self._rates.append((group, rate, group["lr"]))
+            elif not any(ours is rate for _, _, ours in self._rates):  # groups may share one tensor
+                # capturable and compiled steps hold on to the tensor: change it in place
+                self._rates.append((group, rate.clone(), rate))
+                rate.mul_(scale)
 
 
 def takes_device_verdict(optimizer: Optimizer) -> bool:
@@ -188,10 +193,3 @@ def learning_rate(optimizer: Optimizer) -> float | Tensor:
     """The first group's rate; a tensor where it is one, so that nobody waits for it."""
     rate: float | Tensor = optimizer.param_groups[0]["lr"]
     return rate
-
-
-def _set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    if isinstance(rate, Tensor):
-        group["lr"].copy_(rate)
-    else:
-        group["lr"] = rate

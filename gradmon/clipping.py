@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn.utils.clip_grad as clip_module
 from torch import Tensor
 
@@ -20,10 +21,11 @@ _INNER = "_clip_grads_with_norm_"
 
 
 class ClipWatch:
-    """Calls `before(parameters)` ahead of every clip, from `start` to `stop`."""
+    """Calls `before(parameters)` ahead of every clip and `after(parameters)` behind it, from `start` to `stop`."""
 
-    def __init__(self, before: Callable[[list[Tensor]], None]) -> None:
+    def __init__(self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]) -> None:
         self._before = before
+        self._after = after
         self._original: Callable[..., Any] | None = None
         self._wrapper: Callable[..., Any] | None = None
 
@@ -35,9 +37,13 @@ class ClipWatch:
 
         @functools.wraps(original)
         def watched(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or self._wrapper is None:  # a traced clip can't be watched
+                return original(parameters, *args, **kwargs)
             listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
             self._before(listed)
-            return original(listed, *args, **kwargs)
+            result = original(listed, *args, **kwargs)
+            self._after(listed)
+            return result
 
         self._original, self._wrapper = original, watched
         setattr(module, _INNER, watched)
@@ -47,5 +53,4 @@ class ClipWatch:
         """Put torch's own function back, unless somebody has wrapped ours since (then ours only passes through)."""
         if self._wrapper is not None and getattr(module, _INNER) is self._wrapper:
             setattr(module, _INNER, self._original)
-        self._before = lambda _parameters: None
         self._wrapper = None

@@ -77,6 +77,8 @@ def agree(
     else:
         # Rank 0 itself waits up to `timeout`: give its answer time to arrive.
         if not _wait(store, ["answer"], timeout + 5):
+            # should rank 0 still come, it must not start without us
+            store.set(f"hello/{rank}", json.dumps({**mine, "problem": f"gave up after {timeout + 5:g} s"}, default=str))
             raise AttachError(
                 f"rank 0 did not attach within {timeout:g} s; gradmon.attach() must be called on every rank"
             )

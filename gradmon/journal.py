@@ -251,7 +251,12 @@ class JournalWriter:
                 time.sleep(0.0005)  # polling, not waiting on the event: a hung GPU must not stop the heartbeat
                 self._write_due(connection)
             connection.execute("BEGIN")
-        record, events = landing.record(self._memory_bytes)
+        try:
+            record, events = landing.record(self._memory_bytes)
+        except Exception as error:  # one bad step must not take those beside it along
+            self._add(Counter({("gradmon_errors_total", ("journal",)): 1}))
+            self._on_error("journal", error)
+            return
         connection.execute(_INSERT_STEP, _to_row(record, STEP_FIELDS))
         connection.execute(_PUT_STATE, ("step_monotonic", time.monotonic()))
         self._add(count_step(record, self._rank))

@@ -34,6 +34,10 @@ ROW = ("sum_of_squares", "nan_count", "inf_count", "parameter", "errors")
 ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_PARAMETER, ROW_ERRORS = range(len(ROW))
 
 
+#: Backwards of one step whose rows are kept until it.
+_MOST_BACKWARDS = 64
+
+
 class HookTakenError(RuntimeError):
     """The DDP object has a communication hook that is not ours."""
 
@@ -72,32 +76,65 @@ class LocalHook:
         self._parts: list[Tensor] = []
         self._arrived: list[int] = []
         self._orders: dict[tuple[int, ...], Tensor] = {}
-        self._rows: tuple[dist.Work, Tensor] | None = None
+        self._fresh: list[tuple[dist.Work, Tensor]] = []
+        self._taken: Tensor | None = None
+        self._model = weakref.ref(model)
 
     def start(self, parameters: Sequence[Tensor], on_error: Callable[[Exception], None]) -> None:
         """Measure from the next backward on. `parameters` gives the numbers used in the rows."""
-        self._numbers = {id(p): number for number, p in enumerate(parameters, start=1)}
+        self.number(parameters)
         self.on_error = on_error
         self.errors = 0
-        self._parts, self._arrived, self._rows = [], [], None
+        self._clear()
         self.active = True
 
     def stop(self) -> None:
         """Become a pass-through. To be called on all ranks between the same two steps."""
         self.active = False
-        self._parts, self._arrived, self._rows = [], [], None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._parts, self._arrived = [], []
+        self._fresh, self._taken = [], None
+
+    def number(self, parameters: Sequence[Tensor]) -> None:
+        """Give the parameters these numbers from now on; earlier ones must keep theirs."""
+        self._numbers = {id(p): number for number, p in enumerate(parameters, start=1)}
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        # DDP keeps its hook in `_comm_hooks`; a copied or loaded DDP has a reducer of its own, without any hook.
+        return object, ()
+
+    def joining(self) -> bool:
+        """True inside `model.join()`, where ranks run out of data one by one."""
+        model = self._model()
+        return model is not None and bool(model._join_config.enable)
+
+    def divides_by_those_left(self) -> bool:
+        """True inside `model.join(divide_by_initial_world_size=False)`, which a communication hook can't follow."""
+        model = self._model()
+        return self.joining() and not getattr(model, "_divide_by_initial_world_size", True)
 
     def take_rows(self) -> Tensor | None:
-        """rows_WR of the newest synchronised backward, equal on all ranks; None if there was none since the last call.
+        """rows_WR, equal on all ranks, of the synchronised backwards since `forget`; None if there were none.
 
-        The device's stream waits for the all-reduce, the host does not (gloo's does: its tensors live on the host).
+        Of several backwards the first that was broken counts: each all-reduce hands a NaN on to all ranks, so later
+        rows would blame everybody. The device's stream waits for the all-reduce, the host does not (gloo's does: its
+        tensors live on the host).
         """
-        if self._rows is None:
-            return None
-        work, rows_WR = self._rows
-        self._rows = None
-        work.wait()
-        return rows_WR
+        if self._fresh:
+            for work, _ in self._fresh:
+                work.wait()
+            rows_WR = self._fresh[-1][1]
+            for _, earlier_WR in reversed(self._fresh[:-1]):
+                whole = earlier_WR[:, ROW_SUM_OF_SQUARES].sum().isfinite()
+                rows_WR = torch.where(whole, rows_WR, earlier_WR)
+            self._fresh, self._taken = [], rows_WR
+        return self._taken
+
+    def forget(self) -> None:
+        """The step is over: rows that were taken are no longer of the gradients to come."""
+        self._taken = None
 
     def forward(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """What DDP calls for every bucket."""
@@ -120,7 +157,9 @@ class LocalHook:
             self._parts, self._arrived = [], []
         numbers = [self._numbers.get(id(p), 0) for p in bucket.parameters()]
         # DDP averages parameters that no optimizer uses, too; they have no number and are not ours to judge.
-        gradients = [g for g, number in zip(bucket.gradients(), numbers, strict=True) if number]
+        whole = bucket.buffer()
+        views = bucket.gradients() if whole.layout == torch.strided else [whole]  # a sparse gradient has its own bucket
+        gradients = [g for g, number in zip(views, numbers, strict=True) if number]
         self._parts.append(stats.measure(gradients, host_reads=self.host_reads))
         self._arrived.extend(filter(None, numbers))
         if not bucket.is_last():
@@ -140,7 +179,7 @@ class LocalHook:
         else:
             rows_WR[self.rank, ROW_ERRORS] = self.errors
         work = dist.all_reduce(rows_WR, group=self.group, async_op=True)
-        self._rows = (work, rows_WR)
+        self._fresh = [*self._fresh[-_MOST_BACKWARDS:], (work, rows_WR)]
 
     def _failed(self, error: Exception) -> None:
         self.errors += 1

@@ -15,12 +15,10 @@ import contextlib
 import logging
 import math
 import os
-import socket
-import sys
 import threading
 import time
 import traceback
-import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,27 +30,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmon import __version__, actions, config, identity, stats
+from gradmon import actions, identity, stats
 from gradmon.actions import OptimizerActions, Verdict
 from gradmon.agent.launch import ensure_agent, wait_for_agent
 from gradmon.clipping import ClipWatch
-from gradmon.config import Config, Loaded
+from gradmon.config import Config
 from gradmon.detector import Detector, Limits
-from gradmon.handshake import Agreement, AttachError, Hello, agree
+from gradmon.exits import ExitWatch
+from gradmon.handshake import Agreement, AttachError
 from gradmon.journal import JournalWriter, journal_path
 from gradmon.landing import HostCopy, LandingStep, StepContext, pack
-from gradmon.local import rank_row
+from gradmon.local import ROW_SUM_OF_SQUARES, rank_row
 from gradmon.log import Announcer
+from gradmon.plan import Plan, agree_on, identity_of, make_plan
 from gradmon.policy import Policy, incident
-from gradmon.record import Event, RankIdentity
+from gradmon.record import Event
 from gradmon.resources import Sampler
-from gradmon.topology import Topology, Watched, recognise, watch
+from gradmon.stepping import Marks, gradients_of, has_closure, inside_own_step, marks_of, unchanged
 
-#: Settings that may differ between ranks: they say where things lie on a node, not what is decided.
-_PER_NODE = frozenset({"dir", "agent", "attach_timeout_seconds", "journal_mib", "preset"})
+#: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
+_DECIDING = frozenset({"local", "before_clip", "after_clip", "before_step", "act", "restore", "after_step"})
+
 
 _active: Monitor | None = None
-_attachments = 0
 
 
 def attach(
@@ -78,87 +78,20 @@ def attach(
         AttachError: the ranks do not fit together, or one is missing; the same text on every rank that came.
         RuntimeError: a monitor is attached already.
     """
-    global _active, _attachments
+    global _active
     problem: Exception | None = None
-    plan: _Plan | None = None
+    plan: Plan | None = None
     try:
         if _active is not None:
             raise RuntimeError("gradmon is attached already in this process; call monitor.detach() first")
-        plan = _plan(model, optimizer, config)
+        plan = make_plan(model, optimizer, config)
     except Exception as error:
         problem = error
-    _attachments += 1
-    agreement = _agree(plan, problem)
-    if problem is not None:
-        raise problem
-    assert plan is not None  # noqa: S101  narrows the type: no problem means a plan
+    agreement = agree_on(plan, problem)
+    if problem is not None or plan is None:
+        raise problem or AttachError("nothing to attach")
     _active = Monitor(plan, agreement)
     return _active
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What this rank wants to attach; made before it speaks to the others."""
-
-    watched: Watched
-    topology: Topology
-    loaded: Loaded
-    directory: Path
-    ranks: identity.RankEnvironment
-
-    @property
-    def config(self) -> Config:
-        return self.loaded.config
-
-
-def _plan(
-    model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], given: Config | Mapping[str, Any] | Any
-) -> _Plan:
-    loaded = config.load(given)
-    ranks = identity.rank_environment(os.environ)
-    if dist.is_available() and dist.is_initialized():
-        ranks = identity.RankEnvironment(dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.attempt)
-    watched = watch(model, optimizer)
-    directory = identity.choose_directory(loaded.config.dir, os.environ)
-    return _Plan(watched, recognise(model, watched, ranks.world_size), loaded, directory, ranks)
-
-
-def _agree(plan: _Plan | None, problem: Exception | None) -> Agreement:
-    """Meet the other ranks. A rank with a problem comes too, so that nobody waits for it."""
-
-    def decide() -> Mapping[str, Any]:
-        if plan is None:
-            return {}
-        name = identity.run_name(plan.config.run, os.environ, identity.script_name())
-        instance = identity.instance_name(os.environ)
-        run = identity.claim_run(plan.directory, name, instance)
-        attempt = plan.ranks.attempt
-        if group is not None or plan.ranks.world_size == 1:  # else there is nobody to tell the others
-            attempt = identity.next_attempt(plan.directory / run / instance, attempt)
-        return {"run": run, "instance": instance, "attempt": attempt}
-
-    group = plan.topology.group if plan is not None else _world()
-    if group is None or dist.get_world_size(group) == 1:
-        return Agreement(decide() if problem is None else {}, equal_arithmetic=True)
-    settings = {k: v for k, v in plan.config.to_dict().items() if k not in _PER_NODE} if plan is not None else {}
-    hello = Hello(
-        settings=settings,
-        model=plan.watched.digest() if plan is not None else "",
-        version=__version__,
-        arithmetic=f"{plan.watched.device.type} {torch.get_num_threads()}" if plan is not None else "",
-        problem=None if problem is None else str(problem),
-    )
-    timeout = plan.config.attach_timeout_seconds if plan is not None else Config().attach_timeout_seconds
-    try:
-        return agree(hello, decide, group=group, number=_attachments, timeout=timeout)
-    except AttachError:
-        if problem is not None:
-            raise problem from None  # this rank knows better than what it told the others
-        raise
-
-
-def _world() -> dist.ProcessGroup | None:
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 @dataclass(slots=True)
@@ -195,7 +128,7 @@ class Monitor:
         journal_path: this rank's journal, None if it could not be opened.
     """
 
-    def __init__(self, plan: _Plan, agreement: Agreement) -> None:
+    def __init__(self, plan: Plan, agreement: Agreement) -> None:
         self._watched = plan.watched
         self._topology = plan.topology
         self._config = plan.config
@@ -208,7 +141,10 @@ class Monitor:
         self._orders: dict[tuple[int, ...], Tensor] = {}
         self._handles: list[Any] = []
         self._stepped: list[Optimizer] = []
-        self._marks: dict[Optimizer, _Marks] = {}
+        self._depth: Counter[Optimizer] = Counter()
+        self._held = len([p for o in self._actions for group in o.param_groups for p in group["params"]])
+        self._marks: dict[Optimizer, Marks] = {}
+        self._clip_marks: Marks = []
         self._measured: _Measured | None = None
         self._step: _Step | None = None
         self._previous: LandingStep | None = None
@@ -221,14 +157,20 @@ class Monitor:
         self._errors = 0
         self._withdrawn = False
         self._attached = True
-        self._identity = _identity(plan, agreement)
+        self._identity = identity_of(plan, agreement)
         self.run = self._identity.run
         self._say = Announcer(self._identity.rank)
         self._say.start()
         self._journal = self._open_journal(plan)
         self.journal_path = None if self._journal is None else self._journal.path
-        self._start_hooks()
-        self._tell_start(plan)
+        self._clip_watch = ClipWatch(self._before_clip, self._after_clip)
+        self._exit_watch = ExitWatch()
+        try:
+            self._start_hooks()
+            self._tell_start(plan)
+        except Exception as error:
+            self._close("exception", f"{type(error).__name__}: {error}")
+            raise
         atexit.register(self._at_exit)
 
     # --- what the user calls ---------------------------------------------------------------------------------------
@@ -309,6 +251,10 @@ class Monitor:
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._nested(optimizer):
+            return
+        with self._guarded("restore"):  # of a step that raised; before its gradients are taken for new ones
+            self._actions[optimizer].restore()
         with self._guarded("before_step"):
             if has_closure(args, kwargs):  # the gradients of this step do not exist yet: see _after_step
                 self._end_step()
@@ -319,10 +265,11 @@ class Monitor:
             step = self._step
             if step is not None and step.acting:
                 self._actions[optimizer].before(step.verdict, step.scale)
-            else:
-                self._actions[optimizer].before(None, 1.0)
 
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        self._depth[optimizer] -= 1
+        if self._depth[optimizer] > 0:
+            return
         with self._guarded("restore"):
             self._actions[optimizer].after()
         with self._guarded("after_step"):
@@ -334,17 +281,51 @@ class Monitor:
             if len(self._stepped) == len(self._actions):
                 self._end_step()
 
+    def _before_state_dict(self, optimizer: Optimizer) -> None:
+        """A checkpoint taken after a step that raised must not save what was for that step only."""
+        with self._guarded("restore"):
+            self._actions[optimizer].restore()
+
+    def _nested(self, optimizer: Optimizer) -> bool:
+        """True if this is a base class's `step`, called by the optimizer's own: torch's hooks fire for both."""
+        if self._depth[optimizer] > 0 and not inside_own_step(optimizer):
+            self._depth[optimizer] = 0  # the step before raised, and never came to its post hook
+        self._depth[optimizer] += 1
+        return self._depth[optimizer] > 1
+
     def _before_clip(self, parameters: list[Tensor]) -> None:
         """The script is about to clip: measure now, what comes later is not what backward left."""
         with self._guarded("before_clip"):
-            if self._measured is None and not self._watched_set.isdisjoint(parameters):
+            if self._watched_set.isdisjoint(parameters):
+                return
+            if self._step is not None:
+                if all(unchanged(self._marks.get(o, []), gradients_of(o)) for o in self._waiting()):
+                    return  # a later optimizer of the step in progress clips its own
+                self._end_step()
+            if not self._measured_still():
                 self._measured = self._measure(None)
+
+    def _after_clip(self, parameters: list[Tensor]) -> None:
+        with self._guarded("after_clip"):
+            if self._watched_set.isdisjoint(parameters):
+                return
+            self._clip_marks = marks_of(self._present())
+            self._marks.update(
+                {o: marks_of(gradients_of(o)) for o in self._waiting()} if self._step is not None else {}
+            )
+
+    def _measured_still(self) -> bool:
+        """True if what was measured at the script's clip is of the gradients that are there now."""
+        return self._measured is not None and unchanged(self._clip_marks, self._present())
+
+    def _waiting(self) -> list[Optimizer]:
+        return [o for o in self._actions if o not in self._stepped]
 
     def _begins(self, optimizer: Optimizer) -> bool:
         """True for a step's first optimizer. One verdict serves all optimizers, unless new gradients came since."""
         if self._step is None:
             return True
-        if optimizer in self._stepped or not _unchanged(self._marks.get(optimizer, []), optimizer):
+        if optimizer in self._stepped or not unchanged(self._marks.get(optimizer, []), gradients_of(optimizer)):
             self._end_step()
             return True
         return False
@@ -352,27 +333,44 @@ class Monitor:
     def _begin_step(self, optimizer: Optimizer, *, judged: bool = True) -> None:
         self._take_previous()
         limits = self._detector.limits()
-        clipped = self._measured is not None
-        measured = self._measured if self._measured is not None else self._measure(optimizer)
-        self._measured = None
-        judged = judged and measured.synced
+        measured = self._measured if self._measured_still() else None
+        self._measured, clipped = None, measured is not None
+        if measured is None:
+            measured = self._measure(optimizer)
+        if not measured.synced:
+            self._say.once(
+                "gradients were not averaged over the ranks in this step (no_sync?): such steps are left alone"
+            )
+        judged = judged and measured.synced and self._may_judge()
         if judged:
             left = stats.total_norm(self._stats()[0]) if clipped else measured.norm
-            verdict = actions.judge(measured.norm, self._agreed(left) if clipped else left, limits)
+            verdict = actions.judge(*self._agreed(measured.norm, left), limits)
         else:
             verdict = actions.unjudged(measured.norm)
         acting = self._acts and judged
         scale = self._policy.scale if acting else 1.0
-        self._step = _Step(
-            measured, verdict, limits, judged, acting, scale, actions.learning_rate(self._watched.optimizers[0])
-        )
+        rate = actions.learning_rate(self._watched.optimizers[0])
+        self._step = _Step(measured, verdict, limits, judged, acting, scale, rate)
         if len(self._actions) > 1:
-            self._marks = {o: _gradient_marks(o) for o in self._actions}
+            self._marks = {o: marks_of(gradients_of(o)) for o in self._actions}
+
+    def _may_judge(self) -> bool:
+        """False inside `Join` where it makes a difference."""
+        hook = self._topology.hook
+        if hook is None or not hook.joining():
+            return True
+        if hook.divides_by_those_left():
+            self._say.once(
+                "model.join(divide_by_initial_world_size=False) has no effect while gradmon is attached: gradients are "
+                "divided by the initial world size"
+            )
+        return self._group is None  # a rank that has run out of data would miss the all-reduce at step time
 
     def _end_step(self) -> None:
         step, self._step = self._step, None
         self._stepped.clear()
-        self._measured = None
+        if self._topology.hook is not None:
+            self._topology.hook.forget()
         if step is None:
             return
         self._count += 1
@@ -428,17 +426,32 @@ class Monitor:
 
     def _stats(self) -> tuple[Tensor, list[int]]:
         """stats_PK of the gradients that are there now, and the numbers (from 1) of their parameters."""
+        self._watch_new_parameters()
         present = [(p.grad, n) for n, p in enumerate(self._watched.parameters, start=1) if p.grad is not None]
         if not present:
             return torch.zeros(1, len(stats.STATISTICS), dtype=torch.float64, device=self._watched.device), [0]
         return stats.measure([g for g, _ in present]), [n for _, n in present]
 
+    def _present(self) -> list[Tensor]:
+        return [p.grad for p in self._watched.parameters if p.grad is not None]
+
+    def _watch_new_parameters(self) -> None:
+        """An optimizer may be given parameters later (`add_param_group`): a NaN there counts like any other."""
+        held = [p for o in self._actions for group in o.param_groups for p in group["params"]]
+        if len(held) == self._held:
+            return
+        self._held = len(held)
+        for parameter in held:
+            if parameter not in self._watched_set:
+                self._watched_set.add(parameter)
+                self._watched.parameters.append(parameter)
+                self._watched.names.append(f"added[{len(self._watched.names)}]")
+        if self._topology.hook is not None:
+            self._topology.hook.number(self._watched.parameters)
+
     def _measure(self, optimizer: Optimizer | None) -> _Measured:
         stats_PK, numbers = self._stats()
         norm = stats.total_norm(stats_PK)
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:  # GradScaler leaves the unscaling to a fused optimizer
-            norm = norm / scale.to(norm)
         hook = self._topology.hook
         rows_WR = hook.take_rows() if hook is not None else None
         synced = rows_WR is not None or hook is None
@@ -446,20 +459,28 @@ class Monitor:
             # Backward goes through the model from its end, so the first to break is the last in the model's order.
             order_P = self._order(tuple(reversed(numbers)), stats_PK.device)
             rows_WR = rank_row(stats_PK.flip(0), order_P, self._errors).unsqueeze(0)
-        return _Measured(stats_PK.sum(0), self._agreed(norm) if synced else norm, rows_WR, synced)
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:  # GradScaler leaves the unscaling to a fused optimizer
+            norm = norm / scale.to(norm)
+            rows_WR = rows_WR.clone()
+            rows_WR[:, ROW_SUM_OF_SQUARES] /= scale.to(norm).square()
+        return _Measured(stats_PK.sum(0), norm, rows_WR, synced)
 
     def _order(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         if self._orders.get(numbers) is None:
             self._orders = {numbers: torch.tensor(numbers, device=device)}
         return self._orders[numbers]
 
-    def _agreed(self, norm: Tensor) -> Tensor:
-        """With unequal devices or thread counts norms differ in their last digits: take the largest of all ranks."""
+    def _agreed(self, norm: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """With unequal devices or thread counts norms differ in their last digits: take the largest of all ranks.
+
+        At step time and nowhere else: that is where every rank comes, whatever one of them clips or logs besides.
+        """
         if self._group is None or not self._topology.acts:
-            return norm
-        shared = torch.nan_to_num(norm, nan=math.inf, posinf=math.inf).reshape(1)
+            return norm, left
+        shared = torch.nan_to_num(torch.stack((norm, left)), nan=math.inf, posinf=math.inf)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
-        return shared.reshape(())
+        return shared[0], shared[1]
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -470,18 +491,18 @@ class Monitor:
     def _start_hooks(self) -> None:
         if self._topology.hook is not None:
             self._topology.hook.start(self._watched.parameters, lambda error: self._failed("local", error))
-        for optimizer, doer in self._actions.items():
+        for optimizer in self._actions:
             # A hook traced into a compiled step would be silently ignored.
             for register, hook in (
                 (optimizer.register_step_pre_hook, self._before_step),
                 (optimizer.register_step_post_hook, self._after_step),
-                (optimizer.register_state_dict_pre_hook, doer.before_state_dict),
+                (optimizer.register_state_dict_pre_hook, self._before_state_dict),
             ):
                 self._handles.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call]
-        self._clip_watch = ClipWatch(self._before_clip)
         self._clip_watch.start()
+        self._exit_watch.start()
 
-    def _open_journal(self, plan: _Plan) -> JournalWriter | None:
+    def _open_journal(self, plan: Plan) -> JournalWriter | None:
         try:
             return JournalWriter(
                 journal_path(plan.directory, self._identity),
@@ -496,7 +517,7 @@ class Monitor:
             self._say.once(f"no journal for this rank, training goes on without it: {error}")
             return None
 
-    def _tell_start(self, plan: _Plan) -> None:
+    def _tell_start(self, plan: Plan) -> None:
         if self._identity.rank == 0:
             mode = "guarding" if self._acts else "watching"
             self._say.once(f"{mode} run {self.run} ({self._identity.world_size} ranks)", logging.INFO)
@@ -525,23 +546,19 @@ class Monitor:
             self._failed(part, error)
 
     def _failed(self, part: str, error: Exception) -> None:
-        if part != "journal":  # the writer counts its own, and they change no decision
+        if part in _DECIDING:
             self._errors += 1
             if self._topology.hook is not None:
                 self._topology.hook.errors = self._errors
-            if self._journal is not None:
-                self._journal.count("gradmon_errors_total", (part,))
+        if part != "journal" and self._journal is not None:  # the writer counts its own
+            self._journal.count("gradmon_errors_total", (part,))
         where = traceback.extract_tb(error.__traceback__)
         at = f" at {Path(where[-1].filename).name}:{where[-1].lineno}" if where else ""
         self._say.once(f"gradmon's own {part} failed, training goes on: {type(error).__name__}: {error}{at}")
 
     def _at_exit(self) -> None:
-        # Set by the interpreter for an exception that nobody caught; SystemExit does not count.
-        error = getattr(sys, "last_value", None)
-        if error is None:
-            self._close("finished", "")
-        else:
-            self._close("exception", f"{type(error).__name__}: {error}")
+        failure = self._exit_watch.failure()
+        self._close("exception" if failure else "finished", failure)
 
     def _close(self, end: Literal["finished", "exception"], detail: str) -> None:
         global _active
@@ -560,10 +577,12 @@ class Monitor:
             handle.remove()
         self._handles.clear()
         self._clip_watch.stop()
+        self._exit_watch.stop()
         if self._topology.hook is not None:
             self._topology.hook.stop()
         for doer in self._actions.values():
-            doer.restore()
+            with self._guarded("detach"):
+                doer.restore()
         if self._journal is not None:
             self._journal.close(end, detail)
         self._say.stop()
@@ -587,53 +606,3 @@ def start_agent(directory: Path, config: Config, say: Announcer) -> None:
             say.once(f"live page and metrics: {identity.page_hint(address, os.environ)}", logging.INFO)
 
     threading.Thread(target=announce, name="gradmon-agent-address", daemon=True).start()
-
-
-def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """True if `optimizer.step` was given a closure, which computes the gradients only inside the step."""
-    return (len(args) > 1 and callable(args[1])) or callable(kwargs.get("closure"))
-
-
-_Marks = list[tuple["weakref.ref[Tensor]", int]]
-
-
-def _gradient_marks(optimizer: Optimizer) -> _Marks:
-    """What tells whether gradients of `optimizer` were replaced or written since. Weak, so that memory is freed."""
-    return [(weakref.ref(g), g._version) for g in _gradients(optimizer)]
-
-
-def _unchanged(marks: _Marks, optimizer: Optimizer) -> bool:
-    now = _gradients(optimizer)
-    return len(now) == len(marks) and all(
-        ref() is g and version == g._version for (ref, version), g in zip(marks, now, strict=True)
-    )
-
-
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def _identity(plan: _Plan, agreement: Agreement) -> RankIdentity:
-    shared = agreement.shared
-    if not shared:
-        raise AttachError("rank 0 named no run")
-    return RankIdentity(
-        run=shared["run"],
-        instance=shared["instance"],
-        attempt=shared["attempt"],
-        rank=plan.ranks.rank,
-        local_rank=plan.ranks.local_rank,
-        world_size=plan.ranks.world_size,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        device=_device_name(plan.watched.device),
-        mode=plan.config.mode,
-        topology=str(plan.topology),
-        script=identity.script_name(),
-        version=__version__,
-        started_seconds=time.time(),
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

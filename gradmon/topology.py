@@ -67,9 +67,10 @@ def watch(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Watch
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module (got {type(model).__name__}); attach(model, optimizer)")
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else _listed(optimizer)
-    named = {p: _plain(name) for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
+    optimizers = _listed([optimizer] if isinstance(optimizer, Optimizer) else optimizer)
+    # Frozen ones too, where an optimizer holds them: they may be unfrozen later, and until then have no gradient.
+    named = {p: _plain(name) for name, p in model.named_parameters()}
+    if not any(p.requires_grad for p in named):
         raise ValueError("model has no trainable parameter (requires_grad is False everywhere): nothing to watch")
     stepped = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     foreign = [p for p in stepped if p.requires_grad and p not in named]
@@ -80,7 +81,7 @@ def watch(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Watch
         )
     wanted = set(stepped)
     watched = [(p, name) for p, name in named.items() if p in wanted]
-    if not watched:
+    if not any(p.requires_grad for p, _ in watched):
         raise ValueError("the optimizer steps none of the model's trainable parameters; attach the one that does")
     return Watched([p for p, _ in watched], [name for _, name in watched], optimizers)
 
@@ -91,6 +92,11 @@ def _listed(optimizers: object) -> list[Optimizer]:
         if not isinstance(candidate, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer or several of them (got {type(candidate).__name__})"
+            )
+        if not hasattr(candidate, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"{type(candidate).__name__} wraps an optimizer and has no step hooks of its own; "
+                f"attach the inner one (often its .optimizer)"
             )
         listed.append(candidate)
     if not listed:
@@ -114,23 +120,38 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
     """
     inner = getattr(model, "_orig_mod", model)  # torch.compile(DDP(...))
     joined = dist.is_available() and dist.is_initialized()
-    group = dist.group.WORLD if joined else None
+    world = dist.group.WORLD if joined else None
     if isinstance(inner, DistributedDataParallel):
-        group = inner.process_group
-        try:
-            return Topology("ddp", True, "", group, local_hook(inner))
-        except HookTakenError:
-            why = "DDP has a communication hook of its own, so ranks can't be told apart"
-            return Topology("ddp", False, why, group, None)
+        why = _why_not(inner, watched)
+        if not why:
+            try:
+                return Topology("ddp", True, "", inner.process_group, local_hook(inner))
+            except HookTakenError:
+                why = "DDP has a communication hook of its own, so ranks can't be told apart"
+        return Topology("ddp", False, why, world, None)
     if _sharded(watched.parameters):
-        return Topology("unrecognised", False, "parameters are sharded (DTensor)", group, None)
+        return Topology("unrecognised", False, "parameters are sharded (DTensor)", world, None)
     if joined and dist.get_world_size() > 1:
         why = "several ranks, but the model is no DistributedDataParallel; attach the DDP object, not what it wraps"
-        return Topology("unrecognised", False, why, group, None)
+        return Topology("unrecognised", False, why, world, None)
     if world_size > 1:
         why = f"WORLD_SIZE is {world_size} but there is no process group; attach after init_process_group and DDP(...)"
         return Topology("unrecognised", False, why, None, None)
     return Topology("single", True, "", None, None)
+
+
+def _why_not(model: DistributedDataParallel, watched: Watched) -> str:
+    """Why gradmon can't act on this DDP object; empty if it can."""
+    ranks = dist.get_world_size(model.process_group)
+    if ranks != dist.get_world_size():
+        return f"DDP averages over {ranks} of {dist.get_world_size()} ranks, and the others would decide differently"
+    ignored = {_plain(name) for name in model.parameters_to_ignore} & set(watched.names)
+    if ignored:
+        return f"DDP is told to ignore {len(ignored)} of the parameters, which then differ between ranks"
+    if model.gradient_as_bucket_view and ranks & (ranks - 1):
+        # There DDP divides by the world size where it else multiplies, and a hook can't tell which it would have done.
+        return f"gradient_as_bucket_view on {ranks} ranks, no power of two: a hook would change the last bits"
+    return ""
 
 
 def _sharded(parameters: Sequence[Tensor]) -> bool:

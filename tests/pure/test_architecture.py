@@ -17,9 +17,9 @@ ROOT = Path(gradmon.__file__).parent
 FLOORS = {
     "record": 0, "config": 0, "log": 0,
     "stats": 1, "local": 1, "detector": 1, "policy": 1, "actions": 1, "resources": 1, "clipping": 1, "handshake": 1,
-    "topology": 1, "landing": 1,
+    "topology": 1, "landing": 1, "stepping": 1, "exits": 1,
     "journal": 2, "identity": 2,
-    "agent": 3,
+    "agent": 3, "plan": 3,
     "monitor": 4,
     "cli": 5, "demo": 5, "__main__": 6,
 }  # fmt: skip
@@ -73,10 +73,13 @@ def run(code: str) -> str:
 def test_importing_has_no_side_effects() -> None:
     code = """
 import sys, threading, atexit, signal
-before = atexit._ncallbacks(), threading.active_count(), signal.getsignal(signal.SIGTERM), sys.excepthook
+def look():
+    handlers = signal.getsignal(signal.SIGTERM), sys.excepthook, sys.exit
+    return atexit._ncallbacks(), threading.active_count(), handlers
+before = look()
 import gradmon, gradmon.record, gradmon.config
 assert 'torch' not in sys.modules
-assert (atexit._ncallbacks(), threading.active_count(), signal.getsignal(signal.SIGTERM), sys.excepthook) == before
+assert look() == before
 import torch, torch.nn.utils.clip_grad as c, torch.distributed
 from torch.optim import optimizer as o
 inner = c._clip_grads_with_norm_

@@ -225,7 +225,7 @@ def test_a_step_that_raised_is_undone_at_the_next(kind: str) -> None:
     actions = OptimizerActions(optimizer)
     set_gradients(model, gradients)
     actions.before(verdict(math.nan), 0.5)  # and then optimizer.step() raises: `after` is never reached
-    actions.before_state_dict(optimizer)
+    actions.restore()  # as before a state_dict
     assert optimizer.param_groups[0]["lr"] == 1e-2
     assert all(p.grad is not None for p in model.parameters())
     assert not {"found_inf", "grad_scale"} & set(vars(optimizer))

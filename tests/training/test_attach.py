@@ -305,7 +305,7 @@ def try_to_attach(directory: str, kind: str) -> tuple[str, float]:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("config", ["AttachError: setting clip differs between ranks: {'max_norm': None, 'spike_ratio': 4.0"] * 2),
+        ("config", ["AttachError: setting clip.spike_ratio differs between ranks: 4.0 on rank 0, 5.0 on rank 1;"] * 2),
         (
             "broken config",
             [
@@ -313,7 +313,7 @@ def try_to_attach(directory: str, kind: str) -> tuple[str, float]:
                 "ConfigError: clip.spike_ratio must be a number",
             ],
         ),
-        ("model", ["AttachError: the model differs between ranks: '8 parameter tensors"] * 2),
+        ("model", ["AttachError: the model differs between ranks: 'ddp 8 parameter tensors"] * 2),
         ("directory", ["DirectoryError: dir /proc/none", "AttachError: rank 0: dir /proc/none can't be made"]),
     ],
 )

@@ -618,7 +618,7 @@ function eventRow(event) {
     {},
     el("td", { className: "num" }, step),
     el("td", { className: "nowrap dim" }, clock(event.wall_seconds)),
-    el("td", {}, event.rank === null ? "" : String(event.rank)),
+    el("td", {}, event.rank === null ? "–" : String(event.rank)),
     el("td", { className: "mono" }, event.parameter || ""),
     el("td", {}, mark(kindOf(event)), event.message || kindOf(event).label),
     el("td", { className: "nowrap" }, done(event)),

@@ -1,0 +1,138 @@
+"""What this rank wants to attach, and what all ranks agree on: that they fit together, and the name of the run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from gradmon import __version__, config, identity
+from gradmon.config import Config, Loaded
+from gradmon.handshake import Agreement, AttachError, Hello, agree
+from gradmon.record import RankIdentity
+from gradmon.topology import Topology, Watched, recognise, watch
+
+#: Settings that may differ between ranks: they say where things lie on a node, not what is decided.
+_PER_NODE = frozenset({"dir", "agent", "attach_timeout_seconds", "journal_mib", "preset"})
+#: How often each process group was attached, so that ranks never read what they said at another time.
+_attachments: Counter[str] = Counter()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What this rank wants to attach; made before it speaks to the others."""
+
+    watched: Watched
+    topology: Topology
+    loaded: Loaded
+    directory: Path
+    ranks: identity.RankEnvironment
+
+    @property
+    def config(self) -> Config:
+        """The settings in force."""
+        return self.loaded.config
+
+
+def make_plan(
+    model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], given: Config | Mapping[str, Any] | Any
+) -> Plan:
+    """Check everything that this rank can check alone; raises what `attach` says."""
+    loaded = config.load(given)
+    ranks = identity.rank_environment(os.environ)
+    if dist.is_available() and dist.is_initialized():
+        ranks = identity.RankEnvironment(dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.attempt)
+    watched = watch(model, optimizer)
+    directory = identity.choose_directory(loaded.config.dir, os.environ)
+    return Plan(watched, recognise(model, watched, ranks.world_size), loaded, directory, ranks)
+
+
+def agree_on(plan: Plan | None, problem: Exception | None) -> Agreement:
+    """Meet the other ranks. A rank with a problem comes too, so that nobody waits for it."""
+
+    def decide() -> Mapping[str, Any]:
+        if plan is None:
+            return {}
+        name = identity.run_name(plan.config.run, os.environ, identity.script_name())
+        instance = identity.instance_name(os.environ)
+        run = identity.claim_run(plan.directory, name, instance)
+        attempt = plan.ranks.attempt
+        if group is not None or plan.ranks.world_size == 1:  # else there is nobody to tell the others
+            attempt = identity.next_attempt(plan.directory / run / instance, attempt)
+        return {"run": run, "instance": instance, "attempt": attempt}
+
+    group = plan.topology.group if plan is not None else _world()
+    if group is None or dist.get_world_size(group) == 1:
+        return Agreement(decide() if problem is None else {}, equal_arithmetic=True)
+    _attachments[group.group_name] += 1
+    hello = Hello(
+        settings=_settings(plan.config) if plan is not None else {},
+        model=_described(plan) if plan is not None else "",
+        version=__version__,
+        arithmetic=f"{plan.watched.device.type} {torch.get_num_threads()}" if plan is not None else "",
+        problem=None if problem is None else str(problem),
+    )
+    timeout = plan.config.attach_timeout_seconds if plan is not None else Config().attach_timeout_seconds
+    try:
+        return agree(hello, decide, group=group, number=_attachments[group.group_name], timeout=timeout)
+    except AttachError:
+        if problem is not None:
+            raise problem from None  # this rank knows better than what it told the others
+        raise
+
+
+def _settings(settings: Config) -> dict[str, Any]:
+    """Dotted name -> value of what must be equal on all ranks."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.to_dict().items():
+        if name not in _PER_NODE:
+            flat.update(
+                {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+            )
+    return flat
+
+
+def _described(plan: Plan) -> str:
+    """What must be equal on all ranks. Where gradmon only watches, each rank may hold a part of its own."""
+    return f"{plan.topology.kind} {plan.watched.digest()}" if plan.topology.acts else str(plan.topology)
+
+
+def _world() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def identity_of(plan: Plan, agreement: Agreement) -> RankIdentity:
+    """Who this rank is in the journal."""
+    shared = agreement.shared
+    if not shared:
+        raise AttachError("rank 0 named no run")
+    return RankIdentity(
+        run=shared["run"],
+        instance=shared["instance"],
+        attempt=shared["attempt"],
+        rank=plan.ranks.rank,
+        local_rank=plan.ranks.local_rank,
+        world_size=plan.ranks.world_size,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        device=_device_name(plan.watched.device),
+        mode=plan.config.mode,
+        topology=str(plan.topology),
+        script=identity.script_name(),
+        version=__version__,
+        started_seconds=time.time(),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
