@@ -88,8 +88,12 @@ def _train(directory: Path, options: DemoOptions, result: Path) -> int:
     command += [] if options.guard else ["--no-guard"]
     command += [] if options.faults else ["--clean"]
     threads = max(1, (os.cpu_count() or 1) // options.ranks)
-    # torchrun warns about a thread count that nobody chose
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    environment = {
+        **os.environ,
+        # torchrun warns about a thread count that nobody chose, torch about a NumPy that nobody needs here
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONWARNINGS": "ignore:Failed to initialize NumPy:UserWarning",
+    }
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment)
     try:
