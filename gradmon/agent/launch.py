@@ -45,6 +45,7 @@ class AgentLock:
             except BlockingIOError:
                 time.sleep(0.05)
             else:
+                os.ftruncate(descriptor, 0)  # a killed agent's address must not be taken for ours
                 self._descriptor = descriptor
                 return True
         os.close(descriptor)

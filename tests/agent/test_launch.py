@@ -15,7 +15,7 @@ import pytest
 from fake_journals import ROOT, get, until
 
 from gradmon.agent import launch
-from gradmon.agent.launch import AgentLock, agent_address, ensure_agent, wait_for_agent
+from gradmon.agent.launch import LOCK_NAME, AgentLock, agent_address, ensure_agent, wait_for_agent
 
 HERE = Path(__file__).parent
 TRAIN = """
@@ -176,3 +176,17 @@ class TestLock:
 
     def test_waiting_for_nobody_ends(self, tmp_path):
         assert wait_for_agent(tmp_path, 0.1) is None
+
+
+def test_a_killed_agents_address_is_not_taken_for_the_next_ones(tmp_path):
+    """Between taking the lock and listening the new agent has no address yet."""
+    (tmp_path / LOCK_NAME).write_text(json.dumps({"url": "http://127.0.0.1:1"}))
+    assert agent_address(tmp_path) is None, "nobody holds the lock"
+    lock = AgentLock(tmp_path)
+    assert lock.take()
+    try:
+        assert agent_address(tmp_path) is None
+        lock.write({"url": "http://127.0.0.1:2"})
+        assert agent_address(tmp_path) == "http://127.0.0.1:2"
+    finally:
+        lock.release()

@@ -24,14 +24,19 @@ parser.add_argument("--progress", default="", help="a folder for rank-N files ho
 parser.add_argument("--modules", default="", help="a file for the names of all imported modules")
 args = parser.parse_args()
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+# torchrun's store outlives an attempt, with the addresses of its killed ranks: gloo would connect to those.
+restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+rank = int(os.environ["RANK"])
+dist.init_process_group(
+    "gloo", store=dist.PrefixStore(restarts, store), rank=rank, world_size=int(os.environ["WORLD_SIZE"])
+)
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 monitor = gradmon.attach(model, optimizer)
-first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+first_attempt = restarts == "0"
 for step in range(1, args.steps + 1):
     if step == args.crash_at and first_attempt and rank == 1:
         raise RuntimeError("as planned")
@@ -46,8 +51,9 @@ for step in range(1, args.steps + 1):
     optimizer.step()
     monitor.observe(loss=loss)
     if args.progress:
-        Path(args.progress, f"rank-{rank}.tmp").write_text(f"{step} {os.getpid()}")
-        Path(args.progress, f"rank-{rank}.tmp").rename(Path(args.progress, f"rank-{rank}"))
+        new = Path(args.progress, f"rank-{rank}.{os.getpid()}.tmp")
+        new.write_text(f"{step} {os.getpid()}")
+        new.rename(Path(args.progress, f"rank-{rank}"))
     time.sleep(args.sleep)
 if args.modules and rank == 0:
     import sys
