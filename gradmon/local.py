@@ -151,6 +151,7 @@ class LocalHook:
             self._share(row, buffer.device)
         return cast("torch.futures.Future[Tensor]", reduced.then(_first_tensor))
 
+    @torch.no_grad()
     def _measure(self, bucket: GradBucket) -> Tensor | None:
         """Measure a bucket; at the last one, the rank's row."""
         if bucket.index() == 0:

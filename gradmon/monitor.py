@@ -541,7 +541,8 @@ class Monitor:
     def _guarded(self, part: str) -> Iterator[None]:
         """Promise 7: a failure of ours becomes a counter and one warning, never an exception in training."""
         try:
-            yield
+            with torch.no_grad():  # gradients of backward(create_graph=True) carry a graph of their own
+                yield
         except Exception as error:
             self._failed(part, error)
 
