@@ -170,7 +170,9 @@ class OptimizerActions:
 
     def _scale_rate(self, scale: float) -> None:
         for group in self.optimizer.param_groups:
-            rate = group["lr"]
+            rate = group.get("lr")
+            if rate is None:  # an optimizer that finds its own rate
+                continue
             if not isinstance(rate, Tensor):
                 group["lr"] = rate * scale
                 self._rates.append((group, rate, group["lr"]))
@@ -190,6 +192,6 @@ def takes_device_verdict(optimizer: Optimizer) -> bool:
 
 
 def learning_rate(optimizer: Optimizer) -> float | Tensor:
-    """The first group's rate; a tensor where it is one, so that nobody waits for it."""
-    rate: float | Tensor = optimizer.param_groups[0]["lr"]
-    return rate
+    """The first group's rate; a tensor where it is one, so that nobody waits for it; NaN where it has none."""
+    rate: float | Tensor | None = optimizer.param_groups[0].get("lr")
+    return math.nan if rate is None else rate

@@ -65,7 +65,7 @@ def agree(
     # The store outlives the workers of one attempt, and may serve several groups.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefix = f"gradmon/{attempt}/{group.group_name}/{number}"
-    store = PrefixStore(prefix, _store_of(group))
+    store = PrefixStore(prefix, _job_store())
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     mine = {name: getattr(hello, name) for name in Hello.__dataclass_fields__}
     store.set(f"hello/{rank}", json.dumps(mine, default=str))
@@ -155,7 +155,7 @@ def _wait_for_readers(store: Store, world_size: int) -> None:
         time.sleep(0.05)
 
 
-def _store_of(_group: dist.ProcessGroup) -> Store:
+def _job_store() -> Store:
     """The store all ranks of the job can reach."""
     store: Store = dist.distributed_c10d._get_default_store()
     return store

@@ -225,6 +225,7 @@ class JournalWriter:
                     self._write_item(connection, item)
                 self._write_due(connection)
                 self._write_counters(connection)
+            self._unwritten.clear()  # only now: a commit that failed has written none
             self._trim(len(items))
         except Exception as error:
             self._add(Counter({("gradmon_errors_total", ("journal",)): 1}))
@@ -288,7 +289,6 @@ class JournalWriter:
             self._add(Counter({("gradmon_errors_total", ("journal_behind",)): dropped}))
         rows = [(name, json.dumps(labels), self._counters[name, labels]) for name, labels in self._unwritten]
         connection.executemany(_PUT_COUNTER, rows)
-        self._unwritten.clear()
 
     def _trim(self, written: int) -> None:
         """Keep the file below its limit by forgetting the oldest fifth; SQLite reuses the pages it held."""

@@ -68,6 +68,8 @@ class StepContext:
     limits: Limits
     judged: bool
     """False if the gradients differed between ranks, or were computed inside the step."""
+    synced: bool
+    """False if the gradients were not averaged over the ranks: then no norm here is global."""
     applied: bool
     learning_rate: float | None
     """None if it travels in the vector, because it is a tensor."""
@@ -124,8 +126,10 @@ class LandingStep:
         known = self._context
         norm, left, divisor, rate, _errors, _squares, nan_count, inf_count = head
         action, why, applied_norm = name_verdict(norm, left, divisor, known.limits)
-        if not known.judged:
+        if not known.judged and why != "nonfinite":
             action, why = "none", "unsynced"
+        if not known.synced:
+            norm = left = applied_norm = math.nan
         culprit, parameter = _culprit(rows, why, known) if rows is not None else (None, None)
         mine = None if rows is None else rows[known.rank if len(rows) > 1 else 0]
         return StepRecord(

@@ -69,7 +69,6 @@ class LocalHook:
         self.world_size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
         self.active = False
-        self.host_reads: bool | None = None
         self.errors = 0
         self.on_error: Callable[[Exception], None] = lambda _error: None
         self._numbers: dict[int, int] = {}
@@ -125,10 +124,11 @@ class LocalHook:
         if self._fresh:
             for work, _ in self._fresh:
                 work.wait()
-            rows_WR = self._fresh[-1][1]
+            last_WR = rows_WR = self._fresh[-1][1]
             for _, earlier_WR in reversed(self._fresh[:-1]):
-                whole = earlier_WR[:, ROW_SUM_OF_SQUARES].sum().isfinite()
-                rows_WR = torch.where(whole, rows_WR, earlier_WR)
+                # where the last is whole, what was broken before has been thrown away, as GradScaler does
+                keep = _is_whole(last_WR).logical_or(_is_whole(earlier_WR))
+                rows_WR = torch.where(keep, rows_WR, earlier_WR)
             self._fresh, self._taken = [], rows_WR
         return self._taken
 
@@ -161,7 +161,7 @@ class LocalHook:
         whole = bucket.buffer()
         views = bucket.gradients() if whole.layout == torch.strided else [whole]  # a sparse gradient has its own bucket
         gradients = [g for g, number in zip(views, numbers, strict=True) if number]
-        self._parts.append(stats.measure(gradients, host_reads=self.host_reads))
+        self._parts.append(stats.measure(gradients))
         self._arrived.extend(filter(None, numbers))
         if not bucket.is_last():
             return None
@@ -185,6 +185,10 @@ class LocalHook:
     def _failed(self, error: Exception) -> None:
         self.errors += 1
         self.on_error(error)
+
+
+def _is_whole(rows_WR: Tensor) -> Tensor:
+    return rows_WR[:, ROW_SUM_OF_SQUARES].sum().isfinite()
 
 
 def _first_tensor(future: torch.futures.Future[list[Tensor]]) -> Tensor:

@@ -209,7 +209,10 @@ class Monitor:
             self._write_step(self._awaiting_loss)
 
     def detach(self) -> None:
-        """Remove every hook and patch, finish the journal. On several ranks: after the same step on all of them."""
+        """Remove every hook and patch, finish the journal. On several ranks: after the same step on all of them.
+
+        DDP has no removal for its communication hook: that one passes gradients through from then on.
+        """
         self._close("finished", "")
 
     def state_dict(self) -> dict[str, Any]:
@@ -228,9 +231,10 @@ class Monitor:
         Raises:
             ValueError: not such a state.
         """
-        if state.get("version") != 1:
+        if state.get("version") != 1 or {"step", "detector", "policy"} - state.keys():
             raise ValueError(
-                f"gradmon state must have version 1 (got {state.get('version')!r}); pass Monitor.state_dict()"
+                f"gradmon state must have version 1 (got {state.get('version')!r}), step, detector and policy; "
+                f"pass what Monitor.state_dict() returned"
             )
         self._previous = None
         self._count = int(state["step"])
@@ -333,11 +337,15 @@ class Monitor:
     def _begin_step(self, optimizer: Optimizer, *, judged: bool = True) -> None:
         self._take_previous()
         limits = self._detector.limits()
-        measured = self._measured if self._measured_still() else None
-        self._measured, clipped = None, measured is not None
-        if measured is None:
-            measured = self._measure(optimizer)
-        if not measured.synced:
+        try:
+            measured = self._measured if self._measured_still() else None
+            self._measured, clipped = None, measured is not None
+            if measured is None:
+                measured = self._measure(optimizer)
+        except Exception:
+            self._abstain()
+            raise
+        if not measured.synced and self._topology.acts:
             self._say.once(
                 "gradients were not averaged over the ranks in this step (no_sync?): such steps are left alone"
             )
@@ -383,6 +391,7 @@ class Monitor:
             step_seconds=None if self._last_end is None else now - self._last_end,
             limits=step.limits,
             judged=step.judged,
+            synced=step.measured.synced,
             applied=step.acting,
             learning_rate=None if isinstance(step.rate, Tensor) else step.rate,
             learning_rate_scale=step.scale,
@@ -399,10 +408,12 @@ class Monitor:
             self._write_step(self._previous)
 
     def _write_step(self, landing: LandingStep) -> None:
-        if self._losses:
-            landing.loss = HostCopy(torch.stack(self._losses).mean())
-            self._losses.clear()
+        losses, self._losses = self._losses, []
         self._awaiting_loss = None
+        if losses:
+            with self._guarded("loss"):
+                device = losses[0].device
+                landing.loss = HostCopy(torch.stack([loss.to(device, non_blocking=True) for loss in losses]).mean())
         if self._journal is not None:
             self._journal.put(landing)
 
@@ -454,11 +465,12 @@ class Monitor:
         norm = stats.total_norm(stats_PK)
         hook = self._topology.hook
         rows_WR = hook.take_rows() if hook is not None else None
-        synced = rows_WR is not None or hook is None
+        synced = rows_WR is not None or (hook is None and self._topology.kind != "unrecognised")
         if rows_WR is None:
             # Backward goes through the model from its end, so the first to break is the last in the model's order.
             order_P = self._order(tuple(reversed(numbers)), stats_PK.device)
-            rows_WR = rank_row(stats_PK.flip(0), order_P, self._errors).unsqueeze(0)
+            # A row that was not shared carries no errors: ranks would withdraw at different steps.
+            rows_WR = rank_row(stats_PK.flip(0), order_P, self._errors if hook is None else 0).unsqueeze(0)
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:  # GradScaler leaves the unscaling to a fused optimizer
             norm = norm / scale.to(norm)
@@ -482,6 +494,12 @@ class Monitor:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
         return shared[0], shared[1]
 
+    def _abstain(self) -> None:
+        """This rank can't judge; the others must not wait for its norm. They will see a step to be skipped."""
+        broken = torch.full((), math.inf, dtype=torch.float64, device=self._watched.device)
+        if self._may_judge():
+            self._agreed(broken, broken)
+
     # --- life ------------------------------------------------------------------------------------------------------
 
     @property
@@ -499,7 +517,10 @@ class Monitor:
                 (optimizer.register_state_dict_pre_hook, self._before_state_dict),
             ):
                 self._handles.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call]
-        self._clip_watch.start()
+        if not self._clip_watch.start():
+            self._say.once(
+                "this torch has no clip function that can be watched: a clip by the script is seen afterwards"
+            )
         self._exit_watch.start()
 
     def _open_journal(self, plan: Plan) -> JournalWriter | None:
@@ -521,6 +542,8 @@ class Monitor:
         if self._identity.rank == 0:
             mode = "guarding" if self._acts else "watching"
             self._say.once(f"{mode} run {self.run} ({self._identity.world_size} ranks)", logging.INFO)
+            if "~" in self.run:
+                self._say.once(f"another run of that name is alive: this one is called {self.run} in metrics and page")
             if not self._topology.acts:
                 self._say.once(f"only watching, not acting: {self._topology.why}")
         if self._group is not None and self._topology.acts and self._identity.rank == 0:
@@ -573,7 +596,8 @@ class Monitor:
                 self._end_step()
             if self._awaiting_loss is not None:
                 self._write_step(self._awaiting_loss)
-            self._take_previous()
+            if self._previous is not None and self._previous.landed():  # a hung device must not hold the end
+                self._take_previous()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

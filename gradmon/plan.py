@@ -65,8 +65,11 @@ def agree_on(plan: Plan | None, problem: Exception | None) -> Agreement:
             return {}
         name = identity.run_name(plan.config.run, os.environ, identity.script_name())
         instance = identity.instance_name(os.environ)
-        run = identity.claim_run(plan.directory, name, instance)
         attempt = plan.ranks.attempt
+        try:
+            run = identity.claim_run(plan.directory, name, instance)
+        except OSError:  # a full disk costs the journal, which says so itself, and never the training
+            return {"run": name, "instance": instance, "attempt": attempt}
         if group is not None or plan.ranks.world_size == 1:  # else there is nobody to tell the others
             attempt = identity.next_attempt(plan.directory / run / instance, attempt)
         return {"run": run, "instance": instance, "attempt": attempt}

@@ -50,6 +50,8 @@ def measure(gradients: Sequence[Tensor], *, host_reads: bool | None = None) -> T
     if not values:
         return torch.zeros(0, len(STATISTICS), dtype=torch.float64)
     device = values[0].device
+    if any(v.device != device for v in values):
+        return torch.cat([measure([v], host_reads=host_reads).to(device) for v in values])
     if host_reads is None:
         host_reads = device.type == "cpu"
     stats_PK = torch.zeros(len(values), len(STATISTICS), dtype=torch.float64, device=device)

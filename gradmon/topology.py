@@ -129,6 +129,8 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
             except HookTakenError:
                 why = "DDP has a communication hook of its own, so ranks can't be told apart"
         return Topology("ddp", False, why, world, None)
+    if len({p.device for p in watched.parameters}) > 1:
+        return Topology("unrecognised", False, "parameters lie on several devices", world, None)
     if _sharded(watched.parameters):
         return Topology("unrecognised", False, "parameters are sharded (DTensor)", world, None)
     if joined and dist.get_world_size() > 1:

@@ -24,9 +24,9 @@ LOG_NAME = "agent.log"
 #: An agent's log beyond this is begun anew when the next agent starts.
 LOG_BYTES = 1 << 20
 
-#: What torchrun tells its workers; the agent is none of them.
+#: What torchrun tells its workers, and what concerns the job; the agent is told what it needs on its command line.
 _WORKER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_WORKER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "NCCL_", "OMP_")
+_WORKER_PREFIXES = ("GRADMON_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "NCCL_", "OMP_")
 
 
 class AgentLock:

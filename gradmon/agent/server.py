@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
@@ -118,7 +120,7 @@ class _Agent:
         self._facts = _facts(sock, listen)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                make_app(self._store),
+                make_app(self._store, loopback=ipaddress.ip_address(sock.getsockname()[0]).is_loopback),
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -202,7 +204,7 @@ def _facts(sock: socket.socket, listen: str) -> dict[str, Any]:
     }
 
 
-def make_app(store: Store) -> Starlette:
+def make_app(store: Store, *, loopback: bool) -> Starlette:
     """The web application over a store that somebody else refreshes."""
     exporter = Exporter(store)
 
@@ -237,7 +239,11 @@ def make_app(store: Store) -> Starlette:
         Route("/api/runs/{run}", run, methods=["GET"]),
         Mount("/static", StaticFiles(directory=_STATIC)),
     )
-    return Starlette(routes=routes, middleware=[Middleware(_Headers)])
+    middleware = [Middleware(_Headers)]
+    if loopback:
+        # A page on another site may point a name of its own at 127.0.0.1 and read us through the visitor's browser.
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]))
+    return Starlette(routes=routes, middleware=middleware)
 
 
 class _Headers:

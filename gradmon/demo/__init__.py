@@ -44,8 +44,9 @@ def run_demo(options: DemoOptions) -> int:
     directory = choose_directory(options.directory, os.environ)
     if options.directory is None:
         directory = choose_directory(str(directory / "demo"), os.environ)  # never among the user's own runs
-    agent = _start_agent(directory, options)
+    agent = None
     try:
+        agent = _start_agent(directory, options)
         result = Path(tempfile.mkdtemp(prefix="gradmon-demo-")) / "result.json"
         code = _train(directory, options, result)
         if code == 0:
@@ -67,6 +68,7 @@ def _start_agent(directory: Path, options: DemoOptions) -> subprocess.Popen[byte
     agent = None
     if agent_address(directory) is None:
         command = [sys.executable, "-m", "gradmon", "agent", "--dir", str(directory), "--port", str(options.port)]
+        command += ["--linger", "600"]  # should the demo be killed
         with (directory / "agent.log").open("ab") as log:
             agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     if wait_for_agent(directory, timeout=30) is None:

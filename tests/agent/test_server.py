@@ -216,3 +216,14 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     assert code == 1
     assert "can't start" in log
     assert os.fspath(tmp_path) in log
+
+
+def test_a_foreign_host_name_is_refused_on_loopback(tmp_path):
+    """DNS rebinding: another site's name that points at 127.0.0.1."""
+    with AgentProcess(tmp_path) as agent:
+        port = urlsplit(agent.url).port
+        for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 400)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.request("GET", "/api/runs", headers={"Host": host})
+            assert connection.getresponse().status == status, host
+            connection.close()

@@ -316,6 +316,61 @@ def test_an_agent_that_cannot_start_leaves_the_guard_standing(
     assert view.counters["gradmon_errors_total", ("agent",)] == 1
 
 
+def test_losses_on_several_devices_and_an_optimizer_without_a_rate(directory: Path) -> None:
+    """`meta` stands in for another device: a loss that can't be read costs the loss only."""
+
+    class Rateless(torch.optim.SGD):
+        pass
+
+    model = toy.build()
+    optimizer = Rateless(model.parameters(), lr=1e-2)
+    with gradmon.attach(model, optimizer) as monitor:
+        for iteration in range(4):
+            optimizer.zero_grad()
+            backward(model, broken=iteration == 3)
+            rate, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], 1e-2
+            monitor.observe(loss=torch.ones((), device="meta") if iteration == 1 else 2.5)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = rate
+    view = read_journal(monitor.journal_path)
+    losses = [made.loss for _, made in view.steps]
+    assert losses[0] == losses[-1] == 2.5
+    assert view.steps[-1][1].action == "skip"
+    assert view.steps[-1][1].applied, "the guard stands"
+
+
+def test_an_optimizer_without_a_learning_rate(directory: Path) -> None:
+    from gradmon.actions import OptimizerActions, learning_rate
+
+    optimizer = torch.optim.SGD(toy.build().parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    assert math.isnan(float(learning_rate(optimizer)))
+    actions = OptimizerActions(optimizer)
+    actions.before(None, 0.5)
+    actions.after()
+    assert optimizer.param_groups[0]["lr"] is None
+
+
+def test_what_a_scaler_threw_away_is_not_the_next_steps(two_ranks: Ranks, tmp_path: Path) -> None:
+    for broken in two_ranks.run(scaler_skips, str(tmp_path)):
+        assert broken == []
+
+
+def scaler_skips(directory: str) -> list[int]:
+    """Rows of a backward whose step the script left out; the steps after it must not show its NaN."""
+    os.environ["GRADMON_DIR"] = directory
+
+    def loop(model: nn.Module, optimizers: list[torch.optim.Optimizer], iteration: int) -> None:
+        optimizers[0].zero_grad()
+        backward(model, broken=iteration == 10 and toy.rank() == 1)
+        if all(p.grad.isfinite().all() for p in model.parameters()):
+            optimizers[0].step()
+
+    _, records = parameters_after(loop, adamw, attached=True)
+    assert len(records) == 29
+    return [r.step for r in records if r.local_nan_count or not math.isfinite(r.local_grad_norm or 0.0)]
+
+
 # --- several ranks -------------------------------------------------------------------------------------------------
 
 

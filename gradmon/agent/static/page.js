@@ -677,10 +677,19 @@ function choose(name) {
   byId("reset").hidden = true;
 }
 
+/** The run named in the address; a mangled one names none. */
+function fromHash() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return "";
+  }
+}
+
 /** The run named in the address if it is there, else the one shown, else the first: living ones come first. */
 function chooseFrom(runs) {
   const names = runs.map((r) => r.run);
-  const wanted = decodeURIComponent(location.hash.slice(1));
+  const wanted = fromHash();
   choose([wanted, state.run, names[0]].find((name) => names.includes(name)) || null);
 }
 
