@@ -15,12 +15,10 @@ import contextlib
 import logging
 import math
 import os
-import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -30,12 +28,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmon import actions, identity, stats
-from gradmon.actions import OptimizerActions, Verdict
-from gradmon.agent.launch import ensure_agent, wait_for_agent
+from gradmon import actions, stats
+from gradmon.actions import OptimizerActions
+from gradmon.agent.start import start_agent
 from gradmon.clipping import ClipWatch
 from gradmon.config import Config
-from gradmon.detector import Detector, Limits
+from gradmon.detector import Detector
 from gradmon.exits import ExitWatch
 from gradmon.handshake import Agreement, AttachError
 from gradmon.journal import JournalWriter, journal_path
@@ -46,7 +44,16 @@ from gradmon.plan import Plan, agree_on, identity_of, make_plan
 from gradmon.policy import Policy, incident
 from gradmon.record import Event
 from gradmon.resources import Sampler
-from gradmon.stepping import Marks, gradients_of, has_closure, inside_own_step, marks_of, unchanged
+from gradmon.stepping import (
+    Marks,
+    Measured,
+    StepInProgress,
+    gradients_of,
+    has_closure,
+    inside_own_step,
+    marks_of,
+    unchanged,
+)
 
 #: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
 _DECIDING = frozenset({"local", "before_clip", "after_clip", "before_step", "act", "restore", "after_step"})
@@ -94,32 +101,6 @@ def attach(
     return _active
 
 
-@dataclass(slots=True)
-class _Measured:
-    """A step's gradients as the optimizer was to get them, before any clip."""
-
-    sums: Tensor
-    """stats_PK summed over P."""
-    norm: Tensor
-    rows: Tensor
-    """One per rank, as in `local.ROW`; this rank's alone where there is no communication hook."""
-    synced: bool
-    """False if the gradients were not averaged in this step (all backwards under `no_sync`)."""
-
-
-@dataclass(slots=True)
-class _Step:
-    """The step in progress."""
-
-    measured: _Measured
-    verdict: Verdict
-    limits: Limits
-    judged: bool
-    acting: bool
-    scale: float
-    rate: float | Tensor
-
-
 class Monitor:
     """A training run under watch. Made by `attach`.
 
@@ -145,8 +126,8 @@ class Monitor:
         self._held = len([p for o in self._actions for group in o.param_groups for p in group["params"]])
         self._marks: dict[Optimizer, Marks] = {}
         self._clip_marks: Marks = []
-        self._measured: _Measured | None = None
-        self._step: _Step | None = None
+        self._measured: Measured | None = None
+        self._step: StepInProgress | None = None
         self._previous: LandingStep | None = None
         self._awaiting_loss: LandingStep | None = None
         self._losses: list[Tensor] = []
@@ -358,7 +339,7 @@ class Monitor:
         acting = self._acts and judged
         scale = self._policy.scale if acting else 1.0
         rate = actions.learning_rate(self._watched.optimizers[0])
-        self._step = _Step(measured, verdict, limits, judged, acting, scale, rate)
+        self._step = StepInProgress(measured, verdict, limits, judged, acting, scale, rate)
         if len(self._actions) > 1:
             self._marks = {o: marks_of(gradients_of(o)) for o in self._actions}
 
@@ -460,7 +441,7 @@ class Monitor:
         if self._topology.hook is not None:
             self._topology.hook.number(self._watched.parameters)
 
-    def _measure(self, optimizer: Optimizer | None) -> _Measured:
+    def _measure(self, optimizer: Optimizer | None) -> Measured:
         stats_PK, numbers = self._stats()
         norm = stats.total_norm(stats_PK)
         hook = self._topology.hook
@@ -476,7 +457,7 @@ class Monitor:
             norm = norm / scale.to(norm)
             rows_WR = rows_WR.clone()
             rows_WR[:, ROW_SUM_OF_SQUARES] /= scale.to(norm).square()
-        return _Measured(stats_PK.sum(0), norm, rows_WR, synced)
+        return Measured(stats_PK.sum(0), norm, rows_WR, synced)
 
     def _order(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         if self._orders.get(numbers) is None:
@@ -612,22 +593,3 @@ class Monitor:
             self._journal.close(end, detail)
         self._say.stop()
         atexit.unregister(self._at_exit)
-
-
-def start_agent(directory: Path, config: Config, say: Announcer) -> None:
-    """Have an agent run for `directory`, and say where its page is once it is up."""
-    ensure_agent(
-        directory,
-        listen=config.agent.listen,
-        port=config.agent.port,
-        linger_seconds=identity.linger_seconds(config.agent.linger_seconds, os.environ),
-    )
-
-    def announce() -> None:
-        address = wait_for_agent(directory, timeout=30)
-        if address is None:
-            say.once(f"the agent did not start; see {directory / 'agent.log'}. Training goes on, journals are kept.")
-        else:
-            say.once(f"live page and metrics: {identity.page_hint(address, os.environ)}", logging.INFO)
-
-    threading.Thread(target=announce, name="gradmon-agent-address", daemon=True).start()

@@ -1,18 +1,48 @@
-"""Tells one optimizer step from the next: same gradients or new ones, an outer step or one inside it."""
+"""The step in progress, and what tells it from the next: same gradients or new ones, an outer step or one inside it."""
 
 from __future__ import annotations
 
 import sys
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradmon.actions import Verdict
+from gradmon.detector import Limits
+
 #: For each gradient which tensor it was, and how often that had been written.
 Marks = list[tuple["weakref.ref[Tensor]", int]]
 _OPTIMIZER_SOURCE = Optimizer.profile_hook_step.__code__.co_filename
+
+
+@dataclass(slots=True)
+class Measured:
+    """A step's gradients as the optimizer was to get them, before any clip."""
+
+    sums: Tensor
+    """stats_PK summed over P."""
+    norm: Tensor
+    rows: Tensor
+    """One per rank, as in `local.ROW`; this rank's alone where there is no communication hook."""
+    synced: bool
+    """False if the gradients were not averaged in this step (all backwards under `no_sync`)."""
+
+
+@dataclass(slots=True)
+class StepInProgress:
+    """The step in progress."""
+
+    measured: Measured
+    verdict: Verdict
+    limits: Limits
+    judged: bool
+    acting: bool
+    scale: float
+    rate: float | Tensor
 
 
 def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

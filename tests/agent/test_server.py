@@ -97,7 +97,8 @@ def test_it_is_bound_to_the_address_asked_for_only(tmp_path):
     with AgentProcess(tmp_path) as agent:
         port = urlsplit(agent.address).port
         with socket.socket() as other:
-            other.bind(("127.0.0.2", port))  # would fail if it listened on every address
+            other.bind(("127.0.0.2", port))  # fails if it listens on every address
+            assert other.getsockname() == ("127.0.0.2", port)
 
 
 def test_a_taken_port_means_the_next(tmp_path):
@@ -221,7 +222,7 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 def test_a_foreign_host_name_is_refused_on_loopback(tmp_path):
     """DNS rebinding: another site's name that points at 127.0.0.1."""
     with AgentProcess(tmp_path) as agent:
-        port = urlsplit(agent.url).port
+        port = urlsplit(agent.address).port
         for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 400)):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
             connection.request("GET", "/api/runs", headers={"Host": host})

@@ -26,7 +26,7 @@ FLOORS = {
 #: Within a floor, read downwards: these may import those.
 WITHIN = {
     "local": {"stats"}, "actions": {"stats", "detector"}, "landing": {"actions", "detector", "local", "policy"},
-    "topology": {"local"}, "identity": {"journal"}, "cli": {"demo"},
+    "stepping": {"actions", "detector"}, "topology": {"local"}, "identity": {"journal"}, "cli": {"demo"},
 }  # fmt: skip
 PURE = {"record", "detector", "policy"}
 
