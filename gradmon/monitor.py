@@ -563,6 +563,10 @@ class Monitor:
 
     def _at_exit(self) -> None:
         failure = self._exit_watch.failure()
+        if self._topology.hook is not None:
+            # gloo's threads may still have to drop the hook's last callbacks, for which they need the interpreter's
+            # lock; a thread that asks for it while the interpreter is being torn down aborts the process.
+            time.sleep(0.05)
         self._close("exception" if failure else "finished", failure)
 
     def _close(self, end: Literal["finished", "exception"], detail: str) -> None:
