@@ -343,9 +343,6 @@ class JournalView:
     """For `exception`, its type and message."""
     beat_seconds: float
     """Unix time of the newest heartbeat."""
-    beat_age_seconds: float
-    step_age_seconds: float | None
-    """Age of the newest step by the monotonic clock; None before the first, or when this host was booted since."""
 
 
 class JournalVersionError(Exception):
@@ -393,8 +390,6 @@ def _view(connection: sqlite3.Connection, path: Path, after_step: int, after_eve
     ).fetchall()
     counters = connection.execute("SELECT name, labels, value FROM counters").fetchall()
     now = time.monotonic()
-    beat_age = now - state["beat_monotonic"]
-    step_monotonic = state.get("step_monotonic")
     return JournalView(
         identity=RankIdentity(**{name: meta[name] for name in RankIdentity.__dataclass_fields__}),
         parameters=len(meta["parameters"]),
@@ -405,9 +400,6 @@ def _view(connection: sqlite3.Connection, path: Path, after_step: int, after_eve
         state=_rank_state(state, is_held(path.with_suffix(".lock")), now),
         detail=str(state.get("end_detail", "")),
         beat_seconds=state["beat_seconds"],
-        beat_age_seconds=beat_age,
-        # The monotonic clock starts at boot: a step from before the last boot seems to lie in the future.
-        step_age_seconds=None if step_monotonic is None or step_monotonic > now else now - step_monotonic,
     )
 
 

@@ -173,7 +173,8 @@ def _culprit(rows: list[list[float]], why: str, known: StepContext) -> tuple[int
         return None, None
     number = int(rows[place][ROW_PARAMETER])
     parameter = known.names[number - 1] if 0 < number <= len(known.names) else None
-    if why == "spike" and not _stands_out(rows, place):
+    nobodys = len(rows) > 1 and len(broken) == len(rows) if why == "nonfinite" else not _stands_out(rows, place)
+    if nobodys:  # every rank is broken alike, as when the weights themselves are NaN
         return None, parameter
     return (place if len(rows) > 1 else known.rank), parameter
 

@@ -91,6 +91,13 @@ def test_nan_on_one_rank_is_skipped_on_both(
     assert records(outcomes[1])[15].local_nan_count == sum(p.numel() for p in outcomes[1].parameters)
 
 
+def test_a_nan_of_all_ranks_is_nobodys(two_ranks: Ranks, tmp_path: Path) -> None:
+    for outcome in two_ranks.run(toy.train, Job(str(tmp_path), steps=12, nan=((0, 10), (1, 10)))):
+        step = records(outcome)[10]
+        assert (step.action, step.culprit_rank) == ("skip", None)
+        assert step.parameter in ("5.weight", "5.bias")
+
+
 def nan_in_one_parameter(directory: str) -> tuple[Outcome, str]:
     """Only one gradient element is NaN, on rank 1."""
 
