@@ -21,6 +21,7 @@ import yaml
 Mode = Literal["guard", "observe"]
 Preset = Literal["gentle", "default", "strict"]
 Start = Literal["auto", "off"]
+MicroSteps = Literal["auto", "off"]
 
 ENVIRONMENT_PREFIX = "GRADMON_"
 #: Environment variables that other parts read, so that a misspelt setting can still be told from them.
@@ -47,6 +48,16 @@ class AgentConfig:
     linger_seconds: float | None = _setting(
         None, "how long the agent serves on after the last rank; null: 600, and 0 in Slurm and containers", low=0
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureConfig:
+    """What is measured beyond norm and finiteness, which are measured in every step."""
+
+    detail_every: int = _setting(10, "steps between full statistics of every parameter; 0: after incidents only", low=0)
+    zeros_every: int = _setting(100, "steps between counts of zeros on CPU (GPUs count in passing); 0: never", low=0)
+    updates_every: int = _setting(100, "steps between measurements of the update-to-weight ratio; 0: never", low=0)
+    micro_steps: MicroSteps = _setting("auto", "auto: find the backward that broke, where gradients accumulate; off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,7 @@ class Config:
     attach_timeout_seconds: float = _setting(60.0, "how long attach() waits for the other ranks", low=0, above=True)
     journal_mib: int = _setting(64, "size of one rank's journal; older steps are forgotten", low=1)
     agent: AgentConfig = field(default_factory=AgentConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     backoff: BackoffConfig = field(default_factory=BackoffConfig)
 

@@ -95,6 +95,7 @@ def count_step(record: StepRecord, rank: int) -> Counter[CounterKey]:
     added["gradmon_nonfinite_elements_total", ("nan",)] = record.nan_count
     added["gradmon_nonfinite_elements_total", ("inf",)] = record.inf_count
     added["gradmon_nonfinite_steps_total", ()] = int(record.reason == "nonfinite")
+    added["gradmon_scaler_skips_total", ()] = int(record.reason == "scaler_skip")
     added["gradmon_nonfinite_losses_total", ()] = int(record.loss is not None and not math.isfinite(record.loss))
     for kind in ("spike", "nonfinite"):  # both are born at 0: a counter first seen above 0 fires no alert
         added["gradmon_incidents_total", (kind,)] = int(record.reason == kind and record.culprit_rank == rank)

@@ -19,8 +19,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 Action = Literal["none", "rescale", "skip", "backoff"]
-Reason = Literal["healthy", "spike", "max_norm", "nonfinite", "spike_streak", "unsynced"]
+Reason = Literal[
+    "healthy", "spike", "max_norm", "nonfinite", "spike_streak", "unsynced", "scaler_skip", "scaler_streak"
+]
 MetricKind = Literal["counter", "gauge"]
+
+#: What is measured of each parameter's gradient, in this order. Counts are of elements; minimum, maximum and abs_max are
+#: over the finite elements (without any: inf, -inf and 0). NaN stands for "not measured in this step"; for
+#: sum_of_squares alone it means that an element is NaN.
+STATISTICS = ("sum_of_squares", "nan_count", "inf_count", "zero_count", "abs_max", "minimum", "maximum")
+#: Columns of a `Detail`: the statistics, and the norm of the last update over the norm of the weights.
+DETAIL_COLUMNS = (*STATISTICS, "update_ratio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +75,41 @@ class StepRecord:
     """As given to `observe`, mean over the micro-steps; of this rank alone."""
     memory_bytes: int | None = None
     """GPU memory held by tensors, or resident memory on CPU; the newest sample, a few seconds old at most."""
+    grad_abs_max: float | None = None
+    """Largest finite absolute value in the global gradients, before any clipping, unscaled."""
+    grad_min: float | None = None
+    grad_max: float | None = None
+    zero_count: int | None = None
+    """Elements of the global gradients that are exactly 0."""
+    element_count: int | None = None
+    """Elements of the global gradients, each sharded one counted once."""
+    local_grad_norm_rms: float | None = None
+    """Root of the mean of all ranks' squared local norms."""
+    local_grad_norm_max: float | None = None
+    """Largest local norm of any rank."""
+    healthy_ranks: int | None = None
+    """Ranks whose own gradients were finite."""
+    micro_step: int | None = None
+    """Backward of this step, from 1, that broke the culprit's gradients first; None where it was not watched."""
+    mean_loss: float | None = None
+    """Mean over the ranks of the newest loss each had observed before the gradients met; equal on all ranks."""
+    max_loss: float | None = None
+    loss_scale: float | None = None
+    """GradScaler's factor in this step; None without one."""
+    noise_scale_ratio: float | None = None
+    """Gradient noise scale (McCandlish et al. 2018) over the global batch size, smoothed; above 1 a larger batch pays."""
+    update_ratio: float | None = None
+    """Norm of the step's update over the norm of the weights, on a fixed sample of elements; this rank's shard."""
 
     @property
     def healthy(self) -> bool:
         """True if nothing was wrong with the gradients of this step."""
         return self.reason in ("healthy", "max_norm")
+
+    @property
+    def broken(self) -> bool:
+        """True if the gradients were not fit to be applied: an incident. A GradScaler's skip is none."""
+        return self.reason in ("spike", "nonfinite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +128,18 @@ class Event:
     parameter: str | None
     message: str
     """One sentence for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """Statistics of every parameter in one step: at a cadence, and of every step that was not healthy."""
+
+    step: int
+    place: Literal["global", "local"]
+    """Of the gradients after the all-reduce, or of this rank's own before it."""
+    values: bytes
+    """[P, len(DETAIL_COLUMNS)] float64 in this machine's byte order, unscaled; P in the order of the journal's
+    `parameters`. A row of NaN is a parameter without a gradient."""
 
 
 STEP_FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(StepRecord))
@@ -212,6 +263,55 @@ METRICS: tuple[Metric, ...] = (
         "steps",
         _RUN,
         "Step of the newest incident.",
+    ),
+    Metric(
+        "gradmon_grad_abs_max",
+        "gauge",
+        "1",
+        _RUN,
+        "Largest absolute value in the global gradients before clipping; from the newest step with full statistics.",
+    ),
+    Metric("gradmon_grad_min", "gauge", "1", _RUN, "Smallest value in the global gradients before clipping."),
+    Metric("gradmon_grad_max", "gauge", "1", _RUN, "Largest value in the global gradients before clipping."),
+    Metric("gradmon_grad_zero_ratio", "gauge", "ratio", _RUN, "Share of the global gradients' elements that are 0."),
+    Metric(
+        "gradmon_local_grad_norm_rms",
+        "gauge",
+        "norm",
+        _RUN,
+        "Root mean square over all ranks of their gradient norms before the all-reduce.",
+    ),
+    Metric(
+        "gradmon_local_grad_norm_max",
+        "gauge",
+        "norm",
+        _RUN,
+        "Largest gradient norm of any rank before the all-reduce.",
+    ),
+    Metric("gradmon_healthy_ranks", "gauge", "ranks", _RUN, "Ranks whose own gradients were finite in the last step."),
+    Metric("gradmon_mean_loss", "gauge", "1", _RUN, "Mean loss over all ranks; the last finite value."),
+    Metric("gradmon_max_loss", "gauge", "1", _RUN, "Largest loss of any rank; the last finite value."),
+    Metric("gradmon_loss_scale", "gauge", "1", _RUN, "Factor of the script's GradScaler; absent without one."),
+    Metric(
+        "gradmon_scaler_skips_total",
+        "counter",
+        "steps",
+        _RUN,
+        "Steps that the script's GradScaler left out because scaled gradients overflowed; normal while it searches.",
+    ),
+    Metric(
+        "gradmon_grad_noise_scale_ratio",
+        "gauge",
+        "ratio",
+        _RUN,
+        "Gradient noise scale over the global batch size, smoothed; above 1 a larger batch still pays.",
+    ),
+    Metric(
+        "gradmon_update_ratio",
+        "gauge",
+        "ratio",
+        _RUN,
+        "Norm of the optimizer's update over the norm of the weights, on a sample of elements.",
     ),
     Metric("gradmon_steps_total", "counter", "steps", _RANK, "Optimizer steps this rank has finished."),
     Metric(

@@ -36,6 +36,17 @@ RUN_GAUGES = {
     "gradmon_grad_norm_limit": "grad_norm_limit",
     "gradmon_learning_rate": "learning_rate",
     "gradmon_learning_rate_scale_ratio": "learning_rate_scale",
+    "gradmon_grad_abs_max": "grad_abs_max",
+    "gradmon_grad_min": "grad_min",
+    "gradmon_grad_max": "grad_max",
+    "gradmon_local_grad_norm_rms": "local_grad_norm_rms",
+    "gradmon_local_grad_norm_max": "local_grad_norm_max",
+    "gradmon_healthy_ranks": "healthy_ranks",
+    "gradmon_mean_loss": "mean_loss",
+    "gradmon_max_loss": "max_loss",
+    "gradmon_loss_scale": "loss_scale",
+    "gradmon_grad_noise_scale_ratio": "noise_scale_ratio",
+    "gradmon_update_ratio": "update_ratio",
 }
 RANK_GAUGES = {
     "gradmon_local_grad_norm": "local_grad_norm",
@@ -120,6 +131,9 @@ def _run_samples(run: Run, rank: Rank) -> Iterator[Sample]:
     for name, field in RUN_GAUGES.items():
         if field in rank.gauges:
             yield name, labels, rank.gauges[field]
+    elements = rank.gauges.get("element_count", 0.0)
+    if elements and "zero_count" in rank.gauges:
+        yield "gradmon_grad_zero_ratio", labels, rank.gauges["zero_count"] / elements
     yield from _counter_samples(run.name, rank, of_rank=False)
     incident = rank.incident
     if incident is not None:

@@ -59,7 +59,23 @@ ERROR_PARTS = ("exporter", "journal", "journal_version", "prune", "store")
 
 _JOURNAL_NAME = re.compile(r"rank-(\d{5,})\.db")
 _NOTHING_NEW = 1 << 62
-_GAUGE_FIELDS = (*POINT_FIELDS[1:-1], "learning_rate")
+_GAUGE_FIELDS = (
+    *POINT_FIELDS[1:-1],
+    "learning_rate",
+    "grad_abs_max",
+    "grad_min",
+    "grad_max",
+    "zero_count",
+    "element_count",
+    "local_grad_norm_rms",
+    "local_grad_norm_max",
+    "healthy_ranks",
+    "mean_loss",
+    "max_loss",
+    "loss_scale",
+    "noise_scale_ratio",
+    "update_ratio",
+)
 
 
 class History:
@@ -248,7 +264,7 @@ class Rank:
                     self.gauges[name] = value
             if record.grad_norm_limit is None:
                 self.gauges.pop("grad_norm_limit", None)
-            if not record.healthy and record.reason != "unsynced":
+            if record.broken:
                 self.incident = record
 
 
