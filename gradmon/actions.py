@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
 from gradmon.detector import Limits
 from gradmon.record import Action, Reason
@@ -89,6 +89,7 @@ class OptimizerActions:
         self.optimizer = optimizer
         self._aside: list[tuple[Tensor, Tensor]] = []
         self._entries: list[dict[str, Any]] = []
+        self._states: list[tuple[Tensor, dict[str, Any]]] = []
         self._rates: list[tuple[dict[str, Any], float | Tensor, float | Tensor]] = []
         self._attributes: dict[str, Any] = {}
 
@@ -125,6 +126,9 @@ class OptimizerActions:
         entries, self._entries = self._entries, []
         for group, kept in zip(self.optimizer.param_groups, entries, strict=False):
             group.update(kept)
+        while self._states:
+            parameter, kept = self._states.pop()
+            self.optimizer.state[parameter].update(kept)
         attributes, self._attributes = self._attributes, {}
         for name, value in attributes.items():
             if value is _MISSING:
@@ -160,6 +164,8 @@ class OptimizerActions:
         return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _hold_aside(self) -> None:
+        if evaluates_repeatedly(self.optimizer):  # it counts evaluations, also those that end its step at once
+            self._states = [(p, dict(state)) for p, state in self.optimizer.state.items()]
         for group in self.optimizer.param_groups:
             # Schedule-free optimizers count steps in their groups.
             self._entries.append({name: value for name, value in group.items() if name != "params"})
@@ -189,6 +195,11 @@ def takes_device_verdict(optimizer: Optimizer) -> bool:
     groups = optimizer.param_groups
     devices = {p.device for group in groups for p in group["params"]}
     return len(devices) == 1 and all(group.get("fused") for group in groups)
+
+
+def evaluates_repeatedly(optimizer: Optimizer) -> bool:
+    """True for LBFGS, which calls its closure several times in a step and compares the gradients."""
+    return isinstance(optimizer, LBFGS)
 
 
 def learning_rate(optimizer: Optimizer) -> float | Tensor:

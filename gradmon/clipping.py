@@ -1,15 +1,17 @@
-"""Sees the script's own `clip_grad_norm_` before it changes anything.
+"""Sees the script's own clip before it changes anything.
 
 Most scripts clip to 1.0 before `optimizer.step()`. A monitor that only looks at step time sees norms of at most 1, and
-after a NaN every gradient is NaN: the clip has spread it. `torch.nn.utils.clip_grad_norm_` calls
-`_clip_grads_with_norm_` through a module global; wrapping that one sees attribute calls and names imported early alike.
-The script's clip itself runs untouched.
+after a NaN every gradient is NaN: the clip has spread it. All of torch's clips (`clip_grad_norm_`, `clip_grad_value_`,
+`clip_grads_with_norm_`, which torchtitan calls) group the gradients through one module global before they write to
+them; wrapping that one sees them all, under whatever name and however early a script imported them. The clip itself
+runs untouched.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,33 +19,35 @@ import torch
 import torch.nn.utils.clip_grad as clip_module
 from torch import Tensor
 
-_INNER = "_clip_grads_with_norm_"
+_INNER = "_group_tensors_by_device_and_dtype"
+#: The functions that write to gradients, and how often each writes to every one of them.
+_WRITERS = {"_clip_grads_with_norm_": 1, "clip_grad_value_": 2}
 
 
 class ClipWatch:
-    """Calls `before(parameters)` ahead of every clip and `after(parameters)` behind it, from `start` to `stop`."""
+    """Calls `before(gradients, writes)` ahead of every clip, from `start` to `stop`.
 
-    def __init__(self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]) -> None:
+    `writes` is how often the clip is about to write to each of the gradients, which autograd's version counter shows.
+    """
+
+    def __init__(self, before: Callable[[list[Tensor], int], None]) -> None:
         self._before = before
-        self._after = after
         self._original: Callable[..., Any] | None = None
         self._wrapper: Callable[..., Any] | None = None
 
     def start(self, module: ModuleType = clip_module) -> bool:
         """False if this torch has no such function: clips are then seen only at step time."""
         original = getattr(module, _INNER, None)
-        if original is None:
+        if original is None or not all(hasattr(module, name) for name in _WRITERS):
             return False
 
         @functools.wraps(original)
-        def watched(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or self._wrapper is None:  # a traced clip can't be watched
-                return original(parameters, *args, **kwargs)
-            listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-            self._before(listed)
-            result = original(listed, *args, **kwargs)
-            self._after(listed)
-            return result
+        def watched(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling() and self._wrapper is not None:  # a traced clip can't be watched
+                writes = _WRITERS.get(sys._getframe(1).f_code.co_name)
+                if writes is not None:
+                    self._before(list(tensors[0]), writes)
+            return original(tensors, *args, **kwargs)
 
         self._original, self._wrapper = original, watched
         setattr(module, _INNER, watched)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ Mode = Literal["guard", "observe"]
 Preset = Literal["gentle", "default", "strict"]
 Start = Literal["auto", "off"]
 MicroSteps = Literal["auto", "off"]
+MetricsLevel = Literal["core", "layers", "params"]
 
 ENVIRONMENT_PREFIX = "GRADMON_"
 #: Environment variables that other parts read, so that a misspelt setting can still be told from them.
@@ -33,9 +35,21 @@ class ConfigError(ValueError):
     """A setting is unknown, has the wrong type, or lies outside its range."""
 
 
-def _setting(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
-    """A field with its description and the range `low <= value <= high` (`low < value` if `above`)."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    pattern: bool = False,
+) -> Any:
+    """A field with its description and the range `low <= value <= high` (`low < value` if `above`).
+
+    A text with `pattern` is a regular expression.
+    """
+    metadata = {"help": help, "low": low, "high": high, "above": above, "pattern": pattern}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +94,19 @@ class BackoffConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    """How finely Prometheus is told of the parameters' gradients. The journal holds them all, whatever is set here."""
+
+    level: MetricsLevel = _setting("layers", "core: no values per layer; layers: per layer; params: per parameter")
+    layers: str | None = _setting(
+        None,
+        "regular expression on parameter names, its first group names the layer; null: up to the first number",
+        pattern=True,
+    )
+    series_budget: int = _setting(2000, "most series of values per layer that one run may have", low=10)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of gradmon's settings. Build it with `load`, or directly with keywords."""
 
@@ -93,6 +120,7 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     backoff: BackoffConfig = field(default_factory=BackoffConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -278,10 +306,22 @@ def _checked(name: str, kind: Any, spec: dataclasses.Field[Any], value: Any) -> 
         raise ConfigError(f"{name} must be {_NOUNS[kind]} (got {value!r}): {spec.metadata['help']}")
     low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
     if kind is str:
+        if spec.metadata["pattern"]:
+            _check_pattern(name, value)
         return value
     if not ((low < value if above else low <= value) and value <= high and math.isfinite(value)):
         raise ConfigError(f"{name} must be {_range(low, high, above)} (got {value!r}): {spec.metadata['help']}")
     return value
+
+
+def _check_pattern(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{name} must be a regular expression (got {value!r}: {error});"
+            r" write \. \( \[ for the characters themselves, or null for the built-in rule"
+        ) from None
 
 
 _NOUNS = {int: "a whole number", float: "a number", str: "a text"}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from gradmon.journal import is_held
+from gradmon.locks import is_held
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 #: File systems on which SQLite's write-ahead log and flock do not work between hosts.

@@ -1,12 +1,11 @@
 """The journal: one SQLite file per rank, written by a thread of the training process, read by the agent.
 
-    DIR/<run>/<instance>/<attempt>/rank-00007.db       steps, events, counters, samples, meta
+    DIR/<run>/<instance>/<attempt>/rank-00007.db       steps, details, events, counters, samples, meta
     DIR/<run>/<instance>/<attempt>/rank-00007.lock     flock held by the rank for its life
 
 The training thread only puts objects into a queue. The writer's thread waits until the device has delivered a step,
 decodes it, and commits at once: what is committed survives SIGKILL, because SQLite's write-ahead log is then in the
-page cache of the kernel. A free lock means the rank is gone, also across containers; a process id is never asked,
-since zombies answer and containers number their own.
+page cache of the kernel. A free lock means the rank is gone.
 
 The writer ends by leaving WAL mode, so that an agent of another user can read the finished file without writing
 beside it.
@@ -16,26 +15,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import functools
 import json
 import math
-import os
 import queue
 import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import quote
 
-from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Event, RankIdentity, StepRecord
+from gradmon.locks import drop_lock, hold_lock, is_held
+from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Detail, Event, RankIdentity, StepRecord
 
 #: Written into `PRAGMA user_version`. A reader knows this one and two before it, and reports newer ones.
-FORMAT_VERSION = 1
+#: 1: no details, and steps end with memory_bytes.
+FORMAT_VERSION = 2
 HEARTBEAT_SECONDS = 5.0
 SAMPLE_SECONDS = 2.0
 #: A rank whose heartbeat is older than this does not run its threads any more.
@@ -45,12 +43,18 @@ QUEUE_LIMIT = 10_000
 #: Without a step for this long a living rank is called busy instead of running.
 BUSY_SECONDS = 30.0
 _BATCH = 512
-_TRIM_EVERY = 512
+_TRIM_EVERY = 128
+_PAGE_BYTES = 4096
+#: Pages of details after which a transaction is closed, so that the write-ahead log stays at its few MiB.
+_COMMIT_PAGES = 1024
+#: Details a reader takes in one look: what is not measured in each of them (zeros, updates) is then rarely missed.
+_DETAILS_AT_ONCE = 12
 _SAMPLE_PREFIX = "sample:"
 
 _SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE steps (id INTEGER PRIMARY KEY, {", ".join(STEP_FIELDS)});
+CREATE TABLE details (id INTEGER PRIMARY KEY, step, place, stats BLOB);
 CREATE TABLE events (id INTEGER PRIMARY KEY, {", ".join(EVENT_FIELDS)});
 CREATE TABLE counters (name TEXT, labels TEXT, value REAL NOT NULL, PRIMARY KEY (name, labels)) WITHOUT ROWID;
 CREATE TABLE state (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
@@ -58,6 +62,7 @@ PRAGMA user_version = {FORMAT_VERSION};
 """
 _INSERT_STEP = f"INSERT INTO steps ({', '.join(STEP_FIELDS)}) VALUES ({', '.join('?' * len(STEP_FIELDS))})"  # noqa: S608
 _INSERT_EVENT = f"INSERT INTO events ({', '.join(EVENT_FIELDS)}) VALUES ({', '.join('?' * len(EVENT_FIELDS))})"  # noqa: S608
+_INSERT_DETAIL = "INSERT INTO details (id, step, place, stats) VALUES (?, ?, ?, ?)"
 _PUT_STATE = "INSERT OR REPLACE INTO state VALUES (?, ?)"
 _PUT_COUNTER = "INSERT OR REPLACE INTO counters VALUES (?, ?, ?)"
 
@@ -75,6 +80,9 @@ class Landing(Protocol):
 
     def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
         """The step and what is to be told of it. Called once, on the writer's thread."""
+
+    def details(self) -> list[Detail]:
+        """Statistics of every parameter that go with this step. Called once, on the writer's thread, after record()."""
 
 
 _Item = Landing | Event | Counter[CounterKey] | threading.Event | None
@@ -117,6 +125,16 @@ def count_event(event: Event) -> Counter[CounterKey]:
 class JournalWriter:
     """Takes steps from the training thread and writes them from a thread of its own. Never raises after `__init__`.
 
+    Args:
+        path: the `.db` file.
+        identity: who writes.
+        parameters: names of the parameters watched, in the order of the rows of a `Detail`.
+        elements: how many elements each of them has, a sharded one whole; empty where that is unknown.
+        config: the effective settings, for whoever reads the journal.
+        sample: what the process uses, called every few seconds.
+        max_bytes: size of the file. Details fill half of it at most, the oldest steps are forgotten for the newest.
+        on_error: told of what failed, as (part, error).
+
     Raises:
         OSError: the directory can't be written.
         BlockingIOError: another living process holds this rank's lock.
@@ -130,6 +148,7 @@ class JournalWriter:
         parameters: list[str],
         config: Mapping[str, object],
         sample: Callable[[], Mapping[str, float]],
+        elements: Sequence[int] = (),
         max_bytes: int = 64 << 20,
         on_error: Callable[[str, Exception], None] = lambda _part, _error: None,
     ) -> None:
@@ -137,18 +156,21 @@ class JournalWriter:
         self.path = path
         self._rank = identity.rank
         self._sample = sample
-        self._max_bytes = max_bytes
+        self._max_pages = max_bytes // _PAGE_BYTES
         self._on_error = on_error
-        self._lock = _hold_lock(path.with_suffix(".lock"))
+        self._lock = hold_lock(path.with_suffix(".lock"))
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._counters: Counter[CounterKey] = Counter()
         self._unwritten: set[CounterKey] = set()
         self._dropped = 0
         self._since_trim = 0
+        self._detail_pages = 1  # of the largest so far
+        self._uncommitted_pages = 0
         self._memory_bytes: int | None = None
         self._next_beat = self._next_sample = 0.0
         self._end: tuple[End, str] = ("finished", "")
-        self._connection = self._create(identity, parameters, config)
+        meta = {"parameters": parameters, "elements": list(elements), "config": dict(config)}
+        self._connection = self._create({**dataclasses.asdict(identity), **meta})
         self._thread = threading.Thread(target=self._run, name="gradmon-journal", daemon=True)
         self._thread.start()
 
@@ -176,20 +198,18 @@ class JournalWriter:
         self._end = (end, detail)
         self._queue.put(None)
         self._thread.join(timeout)  # a dead disk must not hold the end of training for ever
-        _drop_lock(self._lock)
+        drop_lock(self._lock)
         self._lock = -1
 
-    def _create(
-        self, identity: RankIdentity, parameters: list[str], config: Mapping[str, object]
-    ) -> sqlite3.Connection:
+    def _create(self, meta: Mapping[str, object]) -> sqlite3.Connection:
         for suffix in ("", "-wal", "-shm"):  # we hold the lock: what lies here belongs to nobody
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
         connection.execute("PRAGMA journal_mode = WAL")
         # The kernel's page cache survives the death of the process; only a power cut could lose the newest commits.
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute(f"PRAGMA journal_size_limit = {4 << 20}")
-        meta = {**dataclasses.asdict(identity), "parameters": parameters, "config": dict(config)}
         connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
         connection.execute("BEGIN")
         connection.executemany("INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in meta.items()])
@@ -227,10 +247,8 @@ class JournalWriter:
                 self._write_due(connection)
                 self._write_counters(connection)
             self._unwritten.clear()  # only now: a commit that failed has written none
-            self._trim(len(items))
         except Exception as error:
-            self._add(Counter({("gradmon_errors_total", ("journal",)): 1}))
-            self._on_error("journal", error)
+            self._failed(error)
             time.sleep(0.05)  # a disk that is full now stays full for a while
         for item in items:
             if isinstance(item, threading.Event):
@@ -245,6 +263,9 @@ class JournalWriter:
             self._add(item)
         elif item is not None and not isinstance(item, threading.Event):
             self._write_step(connection, item)
+        self._since_trim += 1
+        if self._since_trim >= _TRIM_EVERY:
+            self._trim(connection)
 
     def _write_step(self, connection: sqlite3.Connection, landing: Landing) -> None:
         if not landing.landed():
@@ -256,14 +277,48 @@ class JournalWriter:
         try:
             record, events = landing.record(self._memory_bytes)
         except Exception as error:  # one bad step must not take those beside it along
-            self._add(Counter({("gradmon_errors_total", ("journal",)): 1}))
-            self._on_error("journal", error)
+            self._failed(error)
             return
         connection.execute(_INSERT_STEP, _to_row(record, STEP_FIELDS))
         connection.execute(_PUT_STATE, ("step_monotonic", time.monotonic()))
         self._add(count_step(record, self._rank))
         for event in events:
             self._write_item(connection, event)
+        self._write_details(connection, landing)
+
+    def _write_details(self, connection: sqlite3.Connection, landing: Landing) -> None:
+        """As many details are kept as fit into half of the file, each counted as the largest, in whole pages.
+
+        They have no claim on the other half and steps have none on this one, once it is taken: whichever comes faster,
+        neither drives the other out. Counting by ids needs no look at the table and no memory of what was committed.
+        """
+        try:
+            details = landing.details()
+            pages = max((self._pages_of(detail) for detail in details), default=0)
+        except Exception as error:  # the step itself is written, and stays
+            self._failed(error)
+            return
+        self._detail_pages = max(self._detail_pages, pages)
+        for detail in details:
+            number = 1 + connection.execute("SELECT coalesce(max(id), 0) FROM details").fetchone()[0]
+            kept = self._max_pages // 2 // self._detail_pages
+            connection.execute("DELETE FROM details WHERE id <= ?", (number - kept,))
+            self._trim(connection, coming=self._detail_pages)
+            connection.execute(_INSERT_DETAIL, (number, detail.step, detail.place, detail.values))
+            self._uncommitted_pages += self._detail_pages
+        if self._uncommitted_pages >= _COMMIT_PAGES:
+            connection.execute("COMMIT")
+            connection.execute("BEGIN")
+            self._uncommitted_pages = 0
+
+    def _pages_of(self, detail: Detail) -> int:
+        pages = len(detail.values) // _PAGE_BYTES + 1
+        if pages > self._max_pages // 2:
+            raise ValueError(
+                f"the statistics of all parameters ({len(detail.values)} bytes) would fill more than half of the "
+                f"journal ({self._max_pages * _PAGE_BYTES} bytes): raise journal_mib, or set measure.detail_every to 0"
+            )
+        return pages
 
     def _write_due(self, connection: sqlite3.Connection) -> None:
         """Heartbeat and resource sample, each when its time has come."""
@@ -278,6 +333,10 @@ class JournalWriter:
             self._next_beat = now + HEARTBEAT_SECONDS
             connection.executemany(_PUT_STATE, [("beat_monotonic", now), ("beat_seconds", time.time())])
 
+    def _failed(self, error: Exception) -> None:
+        self._add(Counter({("gradmon_errors_total", ("journal",)): 1}))
+        self._on_error("journal", error)
+
     def _add(self, added: Counter[CounterKey]) -> None:
         for key, amount in added.items():
             if amount or key not in self._counters:  # a first 0 is written: counters are born at 0
@@ -291,19 +350,18 @@ class JournalWriter:
         rows = [(name, json.dumps(labels), self._counters[name, labels]) for name, labels in self._unwritten]
         connection.executemany(_PUT_COUNTER, rows)
 
-    def _trim(self, written: int) -> None:
-        """Keep the file below its limit by forgetting the oldest fifth; SQLite reuses the pages it held."""
-        self._since_trim += written
-        if self._since_trim < _TRIM_EVERY:
-            return
+    def _trim(self, connection: sqlite3.Connection, coming: int = 0) -> None:
+        """Make room for `coming` pages by forgetting the oldest fifth of steps and events; SQLite reuses their pages.
+
+        Four times at most: that makes room for any detail, and no run of large ones can empty the table.
+        """
         self._since_trim = 0
-        pages, free, page_size = (
-            self._connection.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("page_count", "freelist_count", "page_size")
-        )
-        if (pages - free) * page_size > 0.9 * self._max_bytes:
+        for _ in range(4):
+            pages, free = (connection.execute(f"PRAGMA {n}").fetchone()[0] for n in ("page_count", "freelist_count"))
+            if pages - free + coming <= 0.9 * self._max_pages:
+                return
             for table in ("steps", "events"):
-                self._connection.execute(
+                connection.execute(
                     f"DELETE FROM {table} WHERE id <= (SELECT min(id) + (max(id) - min(id)) / 5 FROM {table})"  # noqa: S608
                 )
 
@@ -332,31 +390,50 @@ class JournalView:
     """What a reader saw in one consistent look at a journal."""
 
     identity: RankIdentity
-    parameters: int
-    """Number of parameters watched."""
+    parameter_names: list[str]
+    """Parameters watched, in the order of a detail's rows. Those added to an optimizer later are not among them."""
+    elements: list[int]
+    """How many elements each of them has; empty where the writer did not know."""
+    config: Mapping[str, Any]
+    """The writer's settings, as `Config.to_dict` gives them."""
     steps: list[tuple[int, StepRecord]]
     """(id, record) of what is new since the id asked for, oldest first."""
     events: list[tuple[int, Event]]
+    details: list[tuple[int, Detail]]
+    """Those of the global gradients; of many new ones the newest few."""
     counters: dict[CounterKey, float]
     samples: dict[str, float]
     state: RankState
-    detail: str
+    end_detail: str
     """For `exception`, its type and message."""
     beat_seconds: float
     """Unix time of the newest heartbeat."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters watched."""
+        return len(self.parameter_names)
+
+    @property
+    def detail(self) -> Detail | None:
+        """The newest detail of the global gradients; None if there is no new one."""
+        return self.details[-1][1] if self.details else None
 
 
 class JournalVersionError(Exception):
     """The journal was written by a newer gradmon than this reader."""
 
 
-def read_journal(path: Path, *, after_step: int = 0, after_event: int = 0, limit: int = 20_000) -> JournalView:
+def read_journal(
+    path: Path, *, after_step: int = 0, after_event: int = 0, after_detail: int = 0, limit: int = 20_000
+) -> JournalView:
     """Read what is new in a journal, without ever writing to it or keeping it open.
 
     Args:
         path: the `.db` file.
         after_step: id of the newest step seen so far; only later ones are returned.
         after_event: the same for events.
+        after_detail: the same for details, which are large: one already seen is not read again.
         limit: beyond so many new steps only evenly spaced ones are returned, with the incidents and the newest few
             hundred: a reader that comes late sees the whole run. Never more than twice as many.
 
@@ -376,43 +453,77 @@ def read_journal(path: Path, *, after_step: int = 0, after_event: int = 0, limit
             raise JournalVersionError(
                 f"{path} has journal format {version}; this gradmon reads up to {FORMAT_VERSION}: upgrade the agent"
             )
-        return _view(connection, path, after_step, after_event, limit)
+        steps = _new_steps(connection, after_step, limit)
+        events = _new_events(connection, after_event, limit)
+        details = _new_details(connection, after_detail) if version >= 2 else []
+        return _view(connection, path, steps, events, details)
     finally:
         connection.close()
 
 
-def _view(connection: sqlite3.Connection, path: Path, after_step: int, after_event: int, limit: int) -> JournalView:
+def _view(
+    connection: sqlite3.Connection,
+    path: Path,
+    steps: list[tuple[int, StepRecord]],
+    events: list[tuple[int, Event]],
+    details: list[tuple[int, Detail]],
+) -> JournalView:
     meta = {key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM meta")}
     state = dict(connection.execute("SELECT key, value FROM state"))
-    steps = _new_steps(connection, after_step, limit)
-    events = connection.execute(
-        f"SELECT id, {', '.join(EVENT_FIELDS)} FROM events WHERE id > ? ORDER BY id DESC LIMIT ?",  # noqa: S608
-        (after_event, limit),
-    ).fetchall()
     counters = connection.execute("SELECT name, labels, value FROM counters").fetchall()
     now = time.monotonic()
     return JournalView(
-        identity=RankIdentity(**{name: meta[name] for name in RankIdentity.__dataclass_fields__}),
-        parameters=len(meta["parameters"]),
-        steps=[(row[0], StepRecord(*map(_from_cell, STEP_FIELDS, row[1:]))) for row in reversed(steps)],
-        events=[(row[0], Event(*map(_from_cell, EVENT_FIELDS, row[1:]))) for row in reversed(events)],
+        identity=RankIdentity(**{name: meta[name] for name in _known(RankIdentity, meta)}),
+        parameter_names=meta["parameters"],
+        elements=meta.get("elements", []),
+        config=meta.get("config", {}),
+        steps=steps,
+        events=events,
+        details=details,
         counters={(name, tuple(json.loads(labels))): value for name, labels, value in counters},
         samples={k[len(_SAMPLE_PREFIX) :]: v for k, v in state.items() if k.startswith(_SAMPLE_PREFIX)},
         state=_rank_state(state, is_held(path.with_suffix(".lock")), now),
-        detail=str(state.get("end_detail", "")),
+        end_detail=str(state.get("end_detail", "")),
         beat_seconds=state["beat_seconds"],
     )
 
 
-def _new_steps(connection: sqlite3.Connection, after_step: int, limit: int) -> list[tuple[Any, ...]]:
-    """Rows of the steps table, newest first."""
+def _new_steps(connection: sqlite3.Connection, after: int, limit: int) -> list[tuple[int, StepRecord]]:
     oldest, newest = connection.execute("SELECT min(id), max(id) FROM steps").fetchone()
-    new = 0 if newest is None else max(0, newest - max(oldest - 1, after_step))
-    return connection.execute(
-        f"SELECT id, {', '.join(STEP_FIELDS)} FROM steps WHERE id > ?"  # noqa: S608
+    new = 0 if newest is None else max(0, newest - max(oldest - 1, after))
+    names = _columns(connection, "steps", StepRecord)
+    rows = connection.execute(
+        f"SELECT id, {', '.join(names)} FROM steps WHERE id > ?"  # noqa: S608
         " AND (id % ? = 0 OR id > ? OR reason NOT IN ('healthy', 'max_norm')) ORDER BY id DESC LIMIT ?",
-        (after_step, -(-new // limit) or 1, (newest or 0) - _BATCH, 2 * limit),
+        (after, -(-new // limit) or 1, (newest or 0) - _BATCH, 2 * limit),
     ).fetchall()
+    return [(row[0], StepRecord(**_from_row(names, row[1:]))) for row in reversed(rows)]
+
+
+def _new_events(connection: sqlite3.Connection, after: int, limit: int) -> list[tuple[int, Event]]:
+    names = _columns(connection, "events", Event)
+    rows = connection.execute(
+        f"SELECT id, {', '.join(names)} FROM events WHERE id > ? ORDER BY id DESC LIMIT ?",  # noqa: S608
+        (after, limit),
+    ).fetchall()
+    return [(row[0], Event(**_from_row(names, row[1:]))) for row in reversed(rows)]
+
+
+def _new_details(connection: sqlite3.Connection, after: int) -> list[tuple[int, Detail]]:
+    rows = connection.execute(
+        "SELECT id, step, place, stats FROM details WHERE id > ? AND place = 'global' ORDER BY id DESC LIMIT ?",
+        (after, _DETAILS_AT_ONCE),
+    ).fetchall()
+    return [(row[0], Detail(*row[1:])) for row in reversed(rows)]
+
+
+def _columns(connection: sqlite3.Connection, table: str, kind: type[StepRecord] | type[Event]) -> list[str]:
+    return _known(kind, {row[1] for row in connection.execute(f"PRAGMA table_info({table})")})
+
+
+def _known(kind: type[StepRecord] | type[Event] | type[RankIdentity], present: Container[str]) -> list[str]:
+    """Fields of `kind` to read: one that an older writer did not know yet takes its default."""
+    return [f.name for f in dataclasses.fields(kind) if f.name in present or f.default is dataclasses.MISSING]
 
 
 def _rank_state(state: Mapping[str, Any], held: bool, now: float) -> RankState:
@@ -434,60 +545,7 @@ def _to_row(item: StepRecord | Event, fields: tuple[str, ...]) -> list[object]:
     return ["nan" if isinstance(v, float) and v != v else v for v in values]
 
 
-def _from_cell(name: str, value: Any) -> Any:
-    if name == "applied":
-        return bool(value)
-    return math.nan if value == "nan" else value
-
-
-_held_descriptors: set[int] = set()
-
-
-def _hold_lock(path: Path) -> int:
-    """Take the lock for the life of this process; a reader that looks at it holds it for microseconds, so try again."""
-    _register_at_fork()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    for attempt in range(20):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if attempt == 19:
-                os.close(descriptor)
-                raise
-            time.sleep(0.05)
-        else:
-            _held_descriptors.add(descriptor)
-            return descriptor
-    raise AssertionError  # pragma: no cover
-
-
-def _drop_lock(descriptor: int) -> None:
-    _held_descriptors.discard(descriptor)
-    os.close(descriptor)
-
-
-@functools.cache
-def _register_at_fork() -> None:
-    """Once, and only when there is a lock: importing has no side effects."""
-    os.register_at_fork(after_in_child=_close_inherited)
-
-
-def _close_inherited() -> None:
-    """In a forked child (a DataLoader worker): a lock it shares would outlive the rank it stands for."""
-    while _held_descriptors:
-        os.close(_held_descriptors.pop())
-
-
-def is_held(path: Path) -> bool:
-    """True while a living process holds the flock on `path`; False also if the file is not there."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+def _from_row(names: list[str], cells: tuple[Any, ...]) -> dict[str, Any]:
+    row = {name: math.nan if cell == "nan" else cell for name, cell in zip(names, cells, strict=True)}
+    row["applied"] = bool(row["applied"])
+    return row

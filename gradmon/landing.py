@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import math
 import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gradmon.actions import Verdict, name_verdict
+from gradmon import stats
+from gradmon.actions import name_verdict
 from gradmon.detector import Limits
-from gradmon.local import (
+from gradmon.noise import NoiseScale
+from gradmon.policy import incident
+from gradmon.record import DETAIL_COLUMNS, STATISTICS, Detail, Event, StepRecord, finite
+from gradmon.rows import (
     ROW,
     ROW_ERRORS,
     ROW_INF,
+    ROW_LOSS,
+    ROW_LOSSES,
+    ROW_MICRO_STEP,
     ROW_NAN,
     ROW_PARAMETER,
     ROW_SUM_OF_SQUARES,
 )
-from gradmon.policy import incident
-from gradmon.record import Event, StepRecord
+from gradmon.stepping import StepInProgress
 
-#: Scalars at the head of a step's vector; the ranks' rows follow.
-_HEAD = ("norm", "left", "divisor", "learning_rate", "errors", "sum_of_squares", "nan_count", "inf_count")
+#: Scalars at the head of a step's vector; the ranks' rows follow. From sum_of_squares on: over all parameters.
+_HEAD = ("norm", "left", "divisor", "learning_rate", "errors", "loss_scale", "update_ratio", *STATISTICS)
 
 
 #: A rank is blamed for a spike if its local norm is this many times the median of the other ranks'.
@@ -59,6 +70,16 @@ class HostCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class ParameterStatistics:
+    """stats_QK on its way to the host, and whose they are."""
+
+    place: Literal["global", "local"]
+    values: HostCopy
+    numbers: tuple[int, ...]
+    """Of the parameters, from 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepContext:
     """What the host knew of a step when it ended."""
 
@@ -76,27 +97,63 @@ class StepContext:
     learning_rate_scale: float
     rank: int
     names: list[str]
+    elements: int
+    """Elements of the global gradients."""
+    all_rows: bool
+    """True if the rows are of all ranks; else the one row is this rank's."""
+    comparable: bool
+    """False if ranks hold different parts, so that a larger norm blames nobody."""
+    backwards: int
+    """Backwards of this step, as far as they were seen."""
+    scaled: bool
+    """True if a GradScaler steps the optimizer: then a step that is not finite is its to skip."""
+    detail_due: bool
+    noise: NoiseScale | None
+    """Where the rows are samples of one noise."""
 
 
-def pack(verdict: Verdict, stats_sums_K: Tensor, rows_WR: Tensor, learning_rate: Tensor | None) -> Tensor:
+def pack(step: StepInProgress, update_ratio: Tensor | None) -> Tensor:
     """The step's vector, float64: `_HEAD`, then one row per rank."""
-    rate = verdict.skip if learning_rate is None else learning_rate.to(verdict.norm).reshape(())
-    scalars = torch.stack((verdict.norm, verdict.left, verdict.divisor, rate, rows_WR[:, ROW_ERRORS].sum()))
-    return torch.cat((scalars, stats_sums_K, rows_WR.flatten()))
+    verdict, measured = step.verdict, step.measured
+    unknown = torch.full_like(verdict.norm, math.nan)
+    rate = step.rate.to(verdict.norm).reshape(()) if isinstance(step.rate, Tensor) else unknown
+    scale = unknown if step.loss_scale is None else step.loss_scale.to(verdict.norm).reshape(())
+    ratio = unknown if update_ratio is None else update_ratio.to(verdict.norm)
+    errors = measured.rows[:, ROW_ERRORS].sum()
+    scalars = torch.stack((verdict.norm, verdict.left, verdict.divisor, rate, errors, scale, ratio))
+    stats_QK = measured.stats_QK
+    if not len(stats_QK):
+        return torch.cat((scalars, torch.zeros_like(stats_QK[:0]).sum(0), measured.rows.flatten()))
+    sums = stats_QK[:, : stats.SUMS].sum(0)
+    extremes = unknown.expand(3)
+    if measured.full:
+        extremes = stats_QK[:, stats.ABS_MAX :].amax(0)
+        extremes[1] = stats_QK[:, stats.MINIMUM].amin()
+    return torch.cat((scalars, sums, extremes, measured.rows.flatten()))
 
 
 class LandingStep:
     """One step between its end and its place in the journal. Implements `journal.Landing`."""
 
-    def __init__(self, vector: HostCopy, context: StepContext) -> None:
+    def __init__(
+        self,
+        vector: HostCopy,
+        context: StepContext,
+        details: Sequence[ParameterStatistics] = (),
+        update_ratios_P: HostCopy | None = None,
+    ) -> None:
         self._vector = vector
         self._context = context
+        self._details = details
+        self._update_ratios_P = update_ratios_P
+        self._broken = False
         self.loss: HostCopy | None = None
         """Mean loss of the step, 0-dim, if one was observed."""
 
     def landed(self) -> bool:
         """True once the record can be made without waiting."""
-        return self._vector.landed() and (self.loss is None or self.loss.landed())
+        later = (self.loss, self._update_ratios_P, *(part.values for part in self._details))
+        return self._vector.landed() and all(copy is None or copy.landed() for copy in later)
 
     def peek(self) -> tuple[StepRecord, int]:
         """For the training thread, one step later: the record without its loss, and the ranks' errors so far.
@@ -117,66 +174,184 @@ class LandingStep:
         rows: list[list[float]] = values[len(_HEAD) :].view(-1, len(ROW)).tolist()
         loss = None if self.loss is None else float(self.loss.values())
         record = self._record(head, rows, loss, memory_bytes)
+        self._broken = record.broken
         event = incident(record)
         return record, [] if event is None else [event]
+
+    def details(self) -> list[Detail]:
+        """For the journal's thread, after `record`: what is global from rank 0 at the cadence, all of a broken step."""
+        known = self._context
+        made = []
+        for part in self._details:
+            wanted = self._broken or (part.place == "global" and known.detail_due and known.rank == 0)
+            if wanted and (part.place == "local" or known.rank == 0):
+                made.append(Detail(known.step, part.place, self._table(part)))
+        return made
+
+    def _table(self, part: ParameterStatistics) -> bytes:
+        table_PK = torch.full((len(self._context.names), len(DETAIL_COLUMNS)), math.nan, dtype=torch.float64)
+        rows = torch.tensor(part.numbers, dtype=torch.int64) - 1
+        table_PK[rows, : len(STATISTICS)] = part.values.values()
+        if self._update_ratios_P is not None:
+            ratios_P = self._update_ratios_P.values()
+            table_PK[: len(ratios_P), -1] = ratios_P
+        return ctypes.string_at(table_PK.data_ptr(), table_PK.numel() * table_PK.element_size())
 
     def _record(
         self, head: list[float], rows: list[list[float]] | None, loss: float | None, memory_bytes: int | None
     ) -> StepRecord:
         known = self._context
-        norm, left, divisor, rate, _errors, _squares, nan_count, inf_count = head
+        norm, left, divisor, rate, _errors, loss_scale, update_ratio, _squares, *counts, abs_max, low, high = head
+        nan_count, inf_count, zero_count = counts
         action, why, applied_norm = name_verdict(norm, left, divisor, known.limits)
         if not known.judged and why != "nonfinite":
             action, why = "none", "unsynced"
+        if known.scaled and why == "nonfinite":
+            why = "scaler_skip"
         if not known.synced:
             norm = left = applied_norm = math.nan
-        culprit, parameter = _culprit(rows, why, known) if rows is not None else (None, None)
-        mine = None if rows is None else rows[known.rank if len(rows) > 1 else 0]
-        return StepRecord(
+        seen = _Rows(rows, known) if rows is not None else None
+        culprit, parameter, micro_step = (None, None, None) if seen is None else seen.culprit(why)
+        applied = known.applied or why == "scaler_skip"
+        record = StepRecord(
             step=known.step,
             wall_seconds=known.wall_seconds,
             step_seconds=known.step_seconds,
             grad_norm=norm,
-            grad_norm_applied=applied_norm if known.applied else left,
+            grad_norm_applied=applied_norm if applied else left,
             grad_norm_limit=known.limits.spike_above if math.isfinite(known.limits.spike_above) else None,
-            local_grad_norm=None if mine is None else _root(mine[ROW_SUM_OF_SQUARES]),
-            nan_count=int(nan_count),
-            inf_count=int(inf_count),
-            local_nan_count=0 if mine is None else int(mine[ROW_NAN]),
-            local_inf_count=0 if mine is None else int(mine[ROW_INF]),
+            local_grad_norm=None if seen is None else _root(seen.mine[ROW_SUM_OF_SQUARES]),
+            nan_count=_whole(nan_count),
+            inf_count=_whole(inf_count),
+            local_nan_count=0 if seen is None else int(seen.mine[ROW_NAN]),
+            local_inf_count=0 if seen is None else int(seen.mine[ROW_INF]),
             action=action,
             reason=why,
-            applied=known.applied,
+            applied=applied,
             culprit_rank=culprit,
             parameter=parameter,
             learning_rate=rate if known.learning_rate is None else known.learning_rate,
             learning_rate_scale=known.learning_rate_scale,
             loss=loss,
             memory_bytes=memory_bytes,
+            grad_abs_max=finite(abs_max),
+            grad_min=finite(low),
+            grad_max=finite(high),
+            zero_count=None if math.isnan(zero_count) else _whole(zero_count),
+            element_count=known.elements,
+            micro_step=micro_step,
+            loss_scale=finite(loss_scale),
+            update_ratio=finite(update_ratio),
         )
+        return record if seen is None else dataclasses.replace(record, **seen.sums(record))
+
+
+def land(
+    step: StepInProgress,
+    *,
+    number: int,
+    step_seconds: float | None,
+    rank: int,
+    world_size: int,
+    names: list[str],
+    comparable: bool,
+    noise: NoiseScale,
+) -> LandingStep:
+    """Send a finished step on its way to the host.
+
+    Args:
+        step: finished now.
+        number: of the step, from 1.
+        step_seconds: since the end of the step before.
+        rank: this one's.
+        world_size: number of ranks.
+        names: of the watched parameters.
+        comparable: see `StepContext`.
+        noise: takes in the step if its rows are samples of one noise: of all ranks, and of one backward each.
+    """
+    measured = step.measured
+    ratios_P, ratio = (None, None) if step.updates is None else step.updates.ratios()
+    context = StepContext(
+        step=number,
+        wall_seconds=time.time(),
+        step_seconds=step_seconds,
+        limits=step.limits,
+        judged=step.judged,
+        synced=measured.synced,
+        applied=step.acting,
+        learning_rate=None if isinstance(step.rate, Tensor) else step.rate,
+        learning_rate_scale=step.scale,
+        rank=rank,
+        names=names,
+        elements=measured.elements,
+        all_rows=measured.shared or world_size == 1,
+        comparable=comparable,
+        backwards=measured.backwards,
+        scaled=step.loss_scale is not None,
+        detail_due=step.detail_due,
+        noise=noise if measured.synced_backwards == 1 and measured.shared else None,
+    )
+    details = [ParameterStatistics("global", HostCopy(measured.stats_QK), measured.numbers)]
+    if measured.local is not None:
+        details.append(ParameterStatistics("local", HostCopy(measured.local[0]), measured.local[1]))
+    vector = HostCopy(pack(step, ratio))
+    return LandingStep(vector, context, details, None if ratios_P is None else HostCopy(ratios_P))
 
 
 def _root(sum_of_squares: float) -> float:
     return math.sqrt(sum_of_squares) if sum_of_squares >= 0 else math.nan
 
 
-def _culprit(rows: list[list[float]], why: str, known: StepContext) -> tuple[int | None, str | None]:
-    """Rank and parameter that broke the step; None where no rank stands out or none is known."""
-    if why == "nonfinite":
-        broken = [rank for rank, row in enumerate(rows) if not math.isfinite(row[ROW_SUM_OF_SQUARES])]
-        if not broken:  # every rank was finite, their average was not
-            return None, None
-        place = broken[0]
-    elif why == "spike":
-        place = max(range(len(rows)), key=lambda rank: rows[rank][ROW_SUM_OF_SQUARES])
-    else:
-        return None, None
-    number = int(rows[place][ROW_PARAMETER])
-    parameter = known.names[number - 1] if 0 < number <= len(known.names) else None
-    nobodys = len(rows) > 1 and len(broken) == len(rows) if why == "nonfinite" else not _stands_out(rows, place)
-    if nobodys:  # every rank is broken alike, as when the weights themselves are NaN
-        return None, parameter
-    return (place if len(rows) > 1 else known.rank), parameter
+def _whole(count: float) -> int:
+    """A count over shards; replicas were added as parts of one."""
+    return math.ceil(count - 1e-6)
+
+
+class _Rows:
+    """What the rows of all ranks (or this one's alone) say of a step."""
+
+    def __init__(self, rows: list[list[float]], known: StepContext) -> None:
+        self._rows = rows
+        self._known = known
+        self.mine = rows[known.rank if known.all_rows and len(rows) > 1 else 0]
+
+    def sums(self, record: StepRecord) -> dict[str, Any]:
+        """Fields of the record that are about all ranks; none where only this one's row is known."""
+        rows, known = self._rows, self._known
+        found: dict[str, Any] = {}
+        observed = [row[ROW_LOSS] for row in rows if row[ROW_LOSSES]]
+        if observed and known.all_rows:
+            found["mean_loss"] = sum(observed) / len(observed)
+            found["max_loss"] = max(observed, key=lambda loss: math.inf if math.isnan(loss) else loss)
+        if not (known.all_rows and known.comparable and known.synced):
+            return found
+        squares = [row[ROW_SUM_OF_SQUARES] for row in rows if math.isfinite(row[ROW_SUM_OF_SQUARES])]
+        found["healthy_ranks"] = len(squares)
+        if squares:
+            mean = sum(squares) / len(squares)
+            found |= {"local_grad_norm_rms": math.sqrt(mean), "local_grad_norm_max": math.sqrt(max(squares))}
+            if known.noise is not None and record.healthy:
+                found["noise_scale_ratio"] = known.noise.update(mean, record.grad_norm**2, len(rows))
+        return found
+
+    def culprit(self, why: str) -> tuple[int | None, str | None, int | None]:
+        """Rank, parameter and micro-step that broke the step; None where none stands out or is known."""
+        rows, known = self._rows, self._known
+        if why in ("nonfinite", "scaler_skip"):
+            broken = [rank for rank, row in enumerate(rows) if not math.isfinite(row[ROW_SUM_OF_SQUARES])]
+            if not broken:  # every rank was finite, their average was not
+                return None, None, None
+            place = broken[0]
+            nobodys = len(rows) > 1 and len(broken) == len(rows)  # broken alike, as when the weights themselves are NaN
+        elif why == "spike":
+            place = max(range(len(rows)), key=lambda rank: rows[rank][ROW_SUM_OF_SQUARES])
+            nobodys = not known.comparable or not _stands_out(rows, place)
+        else:
+            return None, None, None
+        number, micro_step = int(rows[place][ROW_PARAMETER]), int(rows[place][ROW_MICRO_STEP])
+        parameter = known.names[number - 1] if 0 < number <= len(known.names) else None
+        named = micro_step if micro_step and known.backwards > 1 and why != "spike" else None
+        return None if nobodys else (place if known.all_rows and len(rows) > 1 else known.rank), parameter, named
 
 
 def _stands_out(rows: list[list[float]], place: int) -> bool:

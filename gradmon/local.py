@@ -2,11 +2,13 @@
 
 Only before the all-reduce can the rank that broke be told from the others. The hook measures every bucket, then does
 what DDP does without a hook: multiply by 1/world_size, all-reduce. (DDP multiplies while it copies into the bucket;
-the stock `allreduce_hook` divides, which is a different number for 3 ranks.)
+the stock `allreduce_hook` divides, which is a different number for 3 ranks.) A hook that the script registers after
+ours is called in its place.
 
 From the last bucket's hook one small all-reduce shares a row per rank, on DDP's own process group. There every rank
 calls it in the same order, also under `no_sync`, `Join`, unused parameters and static graphs; at step time it would
-hang under `Join`.
+hang under `Join`. Only beside a hook of the script's the rows are shared at step time (`measuring`): such a hook may
+start collectives from other threads, whose order against ours would be chance, and its gradients may differ by rank.
 
 DDP can't remove a hook. On detach ours turns into a plain pass-through, and the next attach finds it again.
 
@@ -15,50 +17,29 @@ Legend: W ranks, R columns of a rank's row (`ROW`), P parameters, K statistics.
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with types.
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
+from torch._C._distributed_c10d import BuiltinCommHookType, GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from gradmon import stats
-
-#: What each rank tells the others about its own gradients in a step. `parameter` is the number, from 1, of the first
-#: one that is not finite, in the order backward came to them; where all are finite, of the one with the largest norm.
-ROW = ("sum_of_squares", "nan_count", "inf_count", "parameter", "errors")
-ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_PARAMETER, ROW_ERRORS = range(len(ROW))
-
+from gradmon.backward import BackwardWatch
+from gradmon.rows import ROW, ROW_ERRORS, rank_row, share_rows, whole
 
 #: Backwards of one step whose rows are kept until it.
 _MOST_BACKWARDS = 64
 
+#: What `register_comm_hook` takes: (state, bucket) -> future of the averaged bucket.
+CommHook = Callable[[Any, GradBucket], torch.futures.Future[Tensor]]
+
 
 class HookTakenError(RuntimeError):
     """The DDP object has a communication hook that is not ours."""
-
-
-def rank_row(stats_PK: Tensor, order_P: Tensor, errors: int = 0) -> Tensor:
-    """Sum up one rank's statistics.
-
-    Args:
-        stats_PK: in the order in which backward finished the gradients.
-        order_P: for each row the parameter's number, from 1.
-        errors: failures of gradmon itself on this rank so far.
-
-    Returns:
-        row_R, float64, on the device of `stats_PK`; nothing is read back.
-    """
-    squares_P = stats_PK[:, stats.SUM_OF_SQUARES]
-    # argmax takes the first of equals, so broken ones count as infinite alike
-    place = torch.nan_to_num(squares_P, nan=math.inf, posinf=math.inf).argmax()
-    # take, not order_P[place]: an index that is a tensor is read on the host
-    rest = torch.stack((order_P.take(place).double(), torch.full_like(squares_P[0], errors)))
-    return torch.cat((stats_PK.sum(0), rest))
 
 
 class LocalHook:
@@ -71,21 +52,50 @@ class LocalHook:
         self.active = False
         self.errors = 0
         self.on_error: Callable[[Exception], None] = lambda _error: None
+        self.backwards: BackwardWatch | None = None
+        """Counts the backwards of a step and remembers which of them broke the gradients first."""
+        self.loss: Tensor | float | None = None
+        """The newest loss this rank observed; goes out with its row."""
+        self._inner: tuple[Any, CommHook] | None = None
         self._numbers: dict[int, int] = {}
+        self.local: tuple[Tensor, tuple[int, ...]] | None = None
+        """stats_PK of this rank's own gradients in the newest synchronised backward, and its parameters' numbers."""
         self._parts: list[Tensor] = []
         self._arrived: list[int] = []
         self._orders: dict[tuple[int, ...], Tensor] = {}
-        self._fresh: list[tuple[dist.Work, Tensor]] = []
+        self._fresh: list[tuple[dist.Work | None, Tensor]] = []
         self._taken: Tensor | None = None
-        self._model = weakref.ref(model)
+        self.backwards_taken = 0
+        """Synchronised backwards that the rows taken last stand for."""
 
     def start(self, parameters: Sequence[Tensor], on_error: Callable[[Exception], None]) -> None:
         """Measure from the next backward on. `parameters` gives the numbers used in the rows."""
         self.number(parameters)
         self.on_error = on_error
         self.errors = 0
+        self.loss = None
         self._clear()
         self.active = True
+
+    @property
+    def shares(self) -> bool:
+        """False beside a hook of the script's: `take_rows` then gives this rank's own row, for sharing at step time."""
+        return self._inner is None
+
+    @property
+    def synced(self) -> bool:
+        """True if a backward since `forget` averaged its gradients."""
+        return bool(self._fresh) or self._taken is not None
+
+    def call(self, state: Any, hook: CommHook) -> None:
+        """Let this hook of the script's average the buckets from now on.
+
+        Raises:
+            RuntimeError: there is one already, as DDP would say.
+        """
+        if self._inner is not None:
+            raise RuntimeError("register_comm_hook or register_builtin_comm_hook can only be called once.")
+        self._inner = (state, hook)
 
     def stop(self) -> None:
         """Become a pass-through. To be called on all ranks between the same two steps."""
@@ -95,6 +105,7 @@ class LocalHook:
     def _clear(self) -> None:
         self._parts, self._arrived = [], []
         self._fresh, self._taken = [], None
+        self.local = None
 
     def number(self, parameters: Sequence[Tensor]) -> None:
         """Give the parameters these numbers from now on; earlier ones must keep theirs."""
@@ -104,18 +115,10 @@ class LocalHook:
         # DDP keeps its hook in `_comm_hooks`; a copied or loaded DDP has a reducer of its own, without any hook.
         return object, ()
 
-    def joining(self) -> bool:
-        """True inside `model.join()`, where ranks run out of data one by one."""
-        model = self._model()
-        return model is not None and bool(model._join_config.enable)
-
-    def divides_by_those_left(self) -> bool:
-        """True inside `model.join(divide_by_initial_world_size=False)`, which a communication hook can't follow."""
-        model = self._model()
-        return self.joining() and not getattr(model, "_divide_by_initial_world_size", True)
-
     def take_rows(self) -> Tensor | None:
         """rows_WR, equal on all ranks, of the synchronised backwards since `forget`; None if there were none.
+
+        Where the hook does not share (`shares`), the one row is this rank's own.
 
         Of several backwards the first that was broken counts: each all-reduce hands a NaN on to all ranks, so later
         rows would blame everybody. The device's stream waits for the all-reduce, the host does not (gloo's does: its
@@ -123,11 +126,13 @@ class LocalHook:
         """
         if self._fresh:
             for work, _ in self._fresh:
-                work.wait()
+                if work is not None:
+                    work.wait()
+            self.backwards_taken = len(self._fresh)
             last_WR = rows_WR = self._fresh[-1][1]
             for _, earlier_WR in reversed(self._fresh[:-1]):
                 # where the last is whole, what was broken before has been thrown away, as GradScaler does
-                keep = _is_whole(last_WR).logical_or(_is_whole(earlier_WR))
+                keep = whole(last_WR).logical_or(whole(earlier_WR))
                 rows_WR = torch.where(keep, rows_WR, earlier_WR)
             self._fresh, self._taken = [], rows_WR
         return self._taken
@@ -144,6 +149,12 @@ class LocalHook:
                 row = self._measure(bucket)
             except Exception as error:
                 self._failed(error)
+        if self._inner is not None:
+            if self.active and bucket.is_last():
+                own = self._no_row(bucket.buffer().device) if row is None else row
+                self._fresh = [*self._fresh[-_MOST_BACKWARDS:], (None, own.unsqueeze(0))]
+            state, hook = self._inner
+            return hook(state, bucket)
         # bit-identical to DDP without a hook
         buffer = bucket.buffer().mul_(1.0 / self.world_size)
         reduced = dist.all_reduce(buffer, group=self.group, async_op=True).get_future()
@@ -161,7 +172,7 @@ class LocalHook:
         whole = bucket.buffer()
         views = bucket.gradients() if whole.layout == torch.strided else [whole]  # a sparse gradient has its own bucket
         gradients = [g for g, number in zip(views, numbers, strict=True) if number]
-        self._parts.append(stats.measure(gradients))
+        self._parts.append(stats.measure(gradients, extremes=False, zeros=False))
         self._arrived.extend(filter(None, numbers))
         if not bucket.is_last():
             return None
@@ -170,25 +181,25 @@ class LocalHook:
         order_P = self._orders.get(arrived)
         if order_P is None:  # the order changes once, when DDP rebuilds its buckets
             order_P = self._orders[arrived] = torch.tensor(arrived, device=stats_PK.device)
-        return rank_row(stats_PK, order_P, self.errors)
+        self.local = (stats_PK, arrived)
+        micro_step = 0 if self.backwards is None else self.backwards.count + 1
+        row = rank_row(stats_PK, order_P, micro_step=micro_step, loss=self.loss, errors=self.errors)
+        return row if self.backwards is None else self.backwards.blame(row)
 
     def _share(self, row: Tensor | None, device: torch.device) -> None:
         """Every rank must come here in every synchronised backward, whatever went wrong before."""
-        rows_WR = torch.zeros(self.world_size, len(ROW), dtype=torch.float64, device=device)
-        if row is not None:
-            rows_WR[self.rank] = row
-        else:
-            rows_WR[self.rank, ROW_ERRORS] = self.errors
-        work = dist.all_reduce(rows_WR, group=self.group, async_op=True)
+        own = self._no_row(device) if row is None else row
+        work, rows_WR = share_rows(own, self.rank, self.world_size, self.group)
         self._fresh = [*self._fresh[-_MOST_BACKWARDS:], (work, rows_WR)]
+
+    def _no_row(self, device: torch.device) -> Tensor:
+        row = torch.zeros(len(ROW), dtype=torch.float64, device=device)
+        row[ROW_ERRORS] = self.errors
+        return row
 
     def _failed(self, error: Exception) -> None:
         self.errors += 1
         self.on_error(error)
-
-
-def _is_whole(rows_WR: Tensor) -> Tensor:
-    return rows_WR[:, ROW_SUM_OF_SQUARES].sum().isfinite()
 
 
 def _first_tensor(future: torch.futures.Future[list[Tensor]]) -> Tensor:
@@ -217,3 +228,55 @@ def local_hook(model: DistributedDataParallel) -> LocalHook:
             raise HookTakenError(str(error).splitlines()[0]) from None
         _hooks[model] = hook
     return hook
+
+
+class RegistrationWatch:
+    """From `start` to `stop`, hooks that scripts register on a DDP object of ours are called by our hook.
+
+    DDP takes one hook only, so without this a registration after `attach` would be an error.
+    """
+
+    def __init__(self) -> None:
+        self._original = DistributedDataParallel.register_comm_hook
+        self._builtin = DistributedDataParallel._register_builtin_comm_hook
+        self._wrappers: tuple[Any, Any] | None = None
+
+    def start(self, on_registration: Callable[[], None]) -> None:
+        """Begin to listen; `on_registration` is called after each one."""
+        original, builtin = self._original, self._builtin = (
+            DistributedDataParallel.register_comm_hook,
+            DistributedDataParallel._register_builtin_comm_hook,
+        )
+
+        def register_comm_hook(model: DistributedDataParallel, state: object, hook: Any) -> None:
+            ours = _hooks.get(model)
+            if ours is None:
+                original(model, state, hook)
+                return
+            model._check_comm_hook(hook)  # type: ignore[no-untyped-call]
+            ours.call(state, hook)
+            on_registration()
+
+        def register_builtin(model: DistributedDataParallel, kind: BuiltinCommHookType) -> None:
+            if _hooks.get(model) is None:
+                builtin(model, kind)  # type: ignore[no-untyped-call]
+                return
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+            same = {"ALLREDUCE": default_hooks.allreduce_hook, "FP16_COMPRESS": default_hooks.fp16_compress_hook}
+            register_comm_hook(model, None, same[kind.name])
+
+        self._wrappers = (register_comm_hook, register_builtin)
+        DistributedDataParallel.register_comm_hook = register_comm_hook  # type: ignore[method-assign, assignment]
+        DistributedDataParallel._register_builtin_comm_hook = register_builtin  # type: ignore[method-assign]
+
+    def stop(self) -> None:
+        """Put DDP's own methods back, unless somebody has wrapped ours since."""
+        if self._wrappers is None:
+            return
+        ours, ours_builtin = self._wrappers
+        self._wrappers = None
+        if DistributedDataParallel.register_comm_hook is ours:
+            DistributedDataParallel.register_comm_hook = self._original  # type: ignore[method-assign]
+        if DistributedDataParallel._register_builtin_comm_hook is ours_builtin:
+            DistributedDataParallel._register_builtin_comm_hook = self._builtin  # type: ignore[method-assign]

@@ -13,50 +13,52 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import math
 import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmon import actions, stats
+from gradmon import actions
 from gradmon.actions import OptimizerActions
 from gradmon.agent.start import start_agent
 from gradmon.clipping import ClipWatch
 from gradmon.config import Config
-from gradmon.detector import Detector
+from gradmon.detector import Detector, Limits
 from gradmon.exits import ExitWatch
 from gradmon.handshake import Agreement, AttachError
 from gradmon.journal import JournalWriter, journal_path
-from gradmon.landing import HostCopy, LandingStep, StepContext, pack
-from gradmon.local import ROW_SUM_OF_SQUARES, rank_row
+from gradmon.landing import HostCopy, LandingStep, land
 from gradmon.log import Announcer
+from gradmon.measuring import Measured, Measurer, unscale
+from gradmon.noise import NoiseScale
 from gradmon.plan import Plan, agree_on, identity_of, make_plan
 from gradmon.policy import Policy, incident
 from gradmon.record import Event
 from gradmon.resources import Sampler
+from gradmon.scaler import ScalerWatch
 from gradmon.stepping import (
     Marks,
-    Measured,
     StepInProgress,
     gradients_of,
     has_closure,
     inside_own_step,
+    marks_after,
     marks_of,
     unchanged,
+    with_closure,
 )
+from gradmon.updates import UpdateSample
 
 #: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
-_DECIDING = frozenset({"local", "before_clip", "after_clip", "before_step", "act", "restore", "after_step"})
+_DECIDING = frozenset({"local", "before_clip", "before_step", "act", "restore", "after_step"})
 
 
 _active: Monitor | None = None
@@ -113,17 +115,22 @@ class Monitor:
         self._watched = plan.watched
         self._topology = plan.topology
         self._config = plan.config
-        self._group = plan.topology.group if not agreement.equal_arithmetic else None
+        self._measurer = Measurer(
+            plan.watched,
+            plan.topology,
+            plan.config.measure,
+            agree=not agreement.equal_arithmetic,
+            say=lambda message: self._say.once(message),
+            failed=lambda error: self._failed("local", error),
+        )
+        self._noise = NoiseScale()
         self._pid = os.getpid()
         self._detector = Detector(self._config.clip)
         self._policy = Policy(self._config.backoff)
         self._actions = {o: OptimizerActions(o) for o in self._watched.optimizers}
-        self._watched_set = set(self._watched.parameters)
-        self._orders: dict[tuple[int, ...], Tensor] = {}
         self._handles: list[Any] = []
         self._stepped: list[Optimizer] = []
         self._depth: Counter[Optimizer] = Counter()
-        self._held = len([p for o in self._actions for group in o.param_groups for p in group["params"]])
         self._marks: dict[Optimizer, Marks] = {}
         self._clip_marks: Marks = []
         self._measured: Measured | None = None
@@ -132,10 +139,9 @@ class Monitor:
         self._awaiting_loss: LandingStep | None = None
         self._losses: list[Tensor] = []
         self._loss_follows: bool | None = None
-        self._judge_late = False
+        self._closure: Optimizer | None = None
         self._count = 0
         self._last_end: float | None = None
-        self._errors = 0
         self._withdrawn = False
         self._attached = True
         self._identity = identity_of(plan, agreement)
@@ -144,11 +150,12 @@ class Monitor:
         self._say.start()
         self._journal = self._open_journal(plan)
         self.journal_path = None if self._journal is None else self._journal.path
-        self._clip_watch = ClipWatch(self._before_clip, self._after_clip)
+        self._clip_watch = ClipWatch(self._before_clip)
+        self._scaler_watch = ScalerWatch(lambda optimizer: optimizer in self._actions, self._left_out)
         self._exit_watch = ExitWatch()
         try:
             self._start_hooks()
-            self._tell_start(plan)
+            self._tell_start(plan, agreement)
         except Exception as error:
             self._close("exception", f"{type(error).__name__}: {error}")
             raise
@@ -186,6 +193,7 @@ class Monitor:
         if self._loss_follows is None:
             self._loss_follows = self._count > 0
         self._losses.append(value)
+        self._measurer.observe(value)
         if self._loss_follows and self._awaiting_loss is not None:
             self._write_step(self._awaiting_loss)
 
@@ -235,16 +243,34 @@ class Monitor:
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._nested(optimizer):
-            return
+            return None
+        self._scaler_watch.came(optimizer)
         with self._guarded("restore"):  # of a step that raised; before its gradients are taken for new ones
             self._actions[optimizer].restore()
+        if not has_closure(args, kwargs):
+            self._judge_and_act(optimizer)
+            return None
+        with self._guarded("before_step"):  # the gradients of this step do not exist yet
+            self._end_step()
+            self._closure = optimizer
+            return with_closure(args, kwargs, lambda closure: self._watched_closure(optimizer, closure))
+        return None
+
+    def _watched_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def watched() -> Any:
+            loss = closure()
+            if self._closure is optimizer:  # LBFGS evaluates several times; only the first is a whole step's gradient
+                self._closure = None
+                self._judge_and_act(optimizer)
+            return loss
+
+        return watched
+
+    def _judge_and_act(self, optimizer: Optimizer) -> None:
         with self._guarded("before_step"):
-            if has_closure(args, kwargs):  # the gradients of this step do not exist yet: see _after_step
-                self._end_step()
-                self._judge_late = True
-            elif self._begins(optimizer):
+            if self._begins(optimizer):
                 self._begin_step(optimizer)
         with self._guarded("act"):
             step = self._step
@@ -258,13 +284,23 @@ class Monitor:
         with self._guarded("restore"):
             self._actions[optimizer].after()
         with self._guarded("after_step"):
-            if self._judge_late:
-                self._judge_late = False
-                self._say.once("optimizer.step(closure) computes its gradients inside the step: only watching")
+            if self._closure is optimizer:  # it never called the closure
+                self._closure = None
                 self._begin_step(optimizer, judged=False)
-            self._stepped.append(optimizer)
-            if len(self._stepped) == len(self._actions):
-                self._end_step()
+            self._finish(optimizer)
+
+    def _left_out(self, optimizer: Optimizer) -> None:
+        """A GradScaler has found Inf and not called `optimizer.step()`: a step all the same, and not gradmon's skip."""
+        with self._guarded("before_step"):
+            if self._begins(optimizer):
+                self._begin_step(optimizer, judged=False)
+        with self._guarded("after_step"):
+            self._finish(optimizer)
+
+    def _finish(self, optimizer: Optimizer) -> None:
+        self._stepped.append(optimizer)
+        if len(self._stepped) == len(self._actions):
+            self._end_step()
 
     def _before_state_dict(self, optimizer: Optimizer) -> None:
         """A checkpoint taken after a step that raised must not save what was for that step only."""
@@ -278,30 +314,25 @@ class Monitor:
         self._depth[optimizer] += 1
         return self._depth[optimizer] > 1
 
-    def _before_clip(self, parameters: list[Tensor]) -> None:
+    def _before_clip(self, gradients: list[Tensor], writes: int) -> None:
         """The script is about to clip: measure now, what comes later is not what backward left."""
         with self._guarded("before_clip"):
-            if self._watched_set.isdisjoint(parameters):
+            present = self._measurer.gradients()
+            if {id(g) for g in present}.isdisjoint(map(id, gradients)):
                 return
-            if self._step is not None:
-                if all(unchanged(self._marks.get(o, []), gradients_of(o)) for o in self._waiting()):
-                    return  # a later optimizer of the step in progress clips its own
+            waiting = [(o, gradients_of(o)) for o in self._waiting()]
+            if self._step is not None and not all(unchanged(self._marks.get(o, []), g) for o, g in waiting):
                 self._end_step()
-            if not self._measured_still():
-                self._measured = self._measure(None)
-
-    def _after_clip(self, parameters: list[Tensor]) -> None:
-        with self._guarded("after_clip"):
-            if self._watched_set.isdisjoint(parameters):
-                return
-            self._clip_marks = marks_of(self._present())
-            self._marks.update(
-                {o: marks_of(gradients_of(o)) for o in self._waiting()} if self._step is not None else {}
-            )
+            if self._step is None and not self._measured_still():
+                self._measured = self._measure()
+            # What the marks will be once the clip is through.
+            self._clip_marks = marks_after(present, gradients, writes)
+            if self._step is not None:  # a later optimizer of the step in progress clips its own
+                self._marks.update({o: marks_after(g, gradients, writes) for o, g in waiting})
 
     def _measured_still(self) -> bool:
         """True if what was measured at the script's clip is of the gradients that are there now."""
-        return self._measured is not None and unchanged(self._clip_marks, self._present())
+        return self._measured is not None and unchanged(self._clip_marks, self._measurer.gradients())
 
     def _waiting(self) -> list[Optimizer]:
         return [o for o in self._actions if o not in self._stepped]
@@ -317,72 +348,95 @@ class Monitor:
 
     def _begin_step(self, optimizer: Optimizer, *, judged: bool = True) -> None:
         self._take_previous()
-        limits = self._detector.limits()
+        limits = self._limits(optimizer)
+        number, every = self._count + 1, self._config.measure
+        sharing = False
         try:
             measured = self._measured if self._measured_still() else None
             self._measured, clipped = None, measured is not None
             if measured is None:
-                measured = self._measure(optimizer)
+                measured = self._measure()
+            left = self._measurer.measure_left() if clipped else None
+            sharing = True
+            left = self._measurer.share(measured, left, extremes=_due(every.detail_every, number))
         except Exception:
-            self._abstain()
+            if not sharing:  # this rank can't judge; the others must not wait for it
+                self._measurer.abstain()
             raise
+        scale, loss_scale = getattr(optimizer, "grad_scale", None), self._scaler_watch.scale_of(optimizer)
+        if scale is not None:  # GradScaler leaves the unscaling to a fused optimizer
+            left = left / scale.to(left)
+        factor = loss_scale if scale is None else scale
+        if factor is not None:
+            unscale(measured, factor, gradients=scale is not None)
         if not measured.synced and self._topology.acts:
             self._say.once(
                 "gradients were not averaged over the ranks in this step (no_sync?): such steps are left alone"
             )
         judged = judged and measured.synced and self._may_judge()
-        if judged:
-            left = stats.total_norm(self._stats()[0]) if clipped else measured.norm
-            verdict = actions.judge(*self._agreed(measured.norm, left), limits)
-        else:
-            verdict = actions.unjudged(measured.norm)
+        verdict = actions.judge(measured.norm, left, limits) if judged else actions.unjudged(measured.norm)
         acting = self._acts and judged
-        scale = self._policy.scale if acting else 1.0
-        rate = actions.learning_rate(self._watched.optimizers[0])
-        self._step = StepInProgress(measured, verdict, limits, judged, acting, scale, rate)
+        self._step = StepInProgress(
+            measured,
+            verdict,
+            limits,
+            judged,
+            acting,
+            self._policy.scale if acting else 1.0,
+            actions.learning_rate(self._watched.optimizers[0]),
+            None if loss_scale is None else loss_scale.clone(),  # the scaler writes to it before we read
+            _due(every.detail_every, number),
+            UpdateSample(self._watched.parameters) if _due(every.updates_every, number) else None,
+        )
         if len(self._actions) > 1:
             self._marks = {o: marks_of(gradients_of(o)) for o in self._actions}
 
+    def _limits(self, optimizer: Optimizer) -> Limits:
+        limits = self._detector.limits()
+        if actions.evaluates_repeatedly(optimizer):
+            # It compares the gradients of one step with each other: skipping the first is exact, rescaling it is not.
+            return Limits(limits.spike_above, limits.spike_above, limits.max_norm)
+        return limits
+
+    def _measure(self) -> Measured:
+        every, number = self._config.measure, self._count + 1
+        return self._measurer.measure(
+            extremes=_due(every.detail_every, number),
+            zeros=_due(every.zeros_every, number),
+            alarm=self._detector.limits().spike_above,
+        )
+
     def _may_judge(self) -> bool:
         """False inside `Join` where it makes a difference."""
-        hook = self._topology.hook
-        if hook is None or not hook.joining():
-            return True
-        if hook.divides_by_those_left():
+        if self._topology.hook is not None and self._topology.divides_by_those_left():
             self._say.once(
                 "model.join(divide_by_initial_world_size=False) has no effect while gradmon is attached: gradients are "
                 "divided by the initial world size"
             )
-        return self._group is None  # a rank that has run out of data would miss the all-reduce at step time
+        return self._measurer.may_judge
 
     def _end_step(self) -> None:
         step, self._step = self._step, None
         self._stepped.clear()
-        if self._topology.hook is not None:
-            self._topology.hook.forget()
+        self._measurer.forget()
         if step is None:
             return
         self._count += 1
         now = time.monotonic()
-        tensor_rate = step.rate if isinstance(step.rate, Tensor) else None
-        vector = pack(step.verdict, step.measured.sums, step.measured.rows, tensor_rate)
-        context = StepContext(
-            step=self._count,
-            wall_seconds=time.time(),
+        landing = land(
+            step,
+            number=self._count,
             step_seconds=None if self._last_end is None else now - self._last_end,
-            limits=step.limits,
-            judged=step.judged,
-            synced=step.measured.synced,
-            applied=step.acting,
-            learning_rate=None if isinstance(step.rate, Tensor) else step.rate,
-            learning_rate_scale=step.scale,
             rank=self._identity.rank,
+            world_size=self._identity.world_size,
             names=self._watched.names,
+            comparable=self._topology.kind != "tensor_parallel",
+            noise=self._noise,
         )
         self._last_end = now
         if self._awaiting_loss is not None:
             self._write_step(self._awaiting_loss)
-        self._previous = LandingStep(HostCopy(vector), context)
+        self._previous = landing
         if self._loss_follows or (self._loss_follows is None and self._count == 1):
             self._awaiting_loss = self._previous  # a loop that observes after its step does so next
         else:
@@ -404,7 +458,7 @@ class Monitor:
         if previous is None:
             return
         record, errors = previous.peek()
-        if record.reason != "unsynced":
+        if record.reason not in ("unsynced", "scaler_skip"):
             self._detector.update(record.grad_norm)
         for event in filter(None, (incident(record), *self._policy.update(record))):
             self._tell(event)
@@ -414,73 +468,6 @@ class Monitor:
                 "gradmon failed on one of the ranks; from here on all ranks only watch, so that they stay equal"
             )
 
-    # --- measuring -------------------------------------------------------------------------------------------------
-
-    def _stats(self) -> tuple[Tensor, list[int]]:
-        """stats_PK of the gradients that are there now, and the numbers (from 1) of their parameters."""
-        self._watch_new_parameters()
-        present = [(p.grad, n) for n, p in enumerate(self._watched.parameters, start=1) if p.grad is not None]
-        if not present:
-            return torch.zeros(1, len(stats.STATISTICS), dtype=torch.float64, device=self._watched.device), [0]
-        return stats.measure([g for g, _ in present]), [n for _, n in present]
-
-    def _present(self) -> list[Tensor]:
-        return [p.grad for p in self._watched.parameters if p.grad is not None]
-
-    def _watch_new_parameters(self) -> None:
-        """An optimizer may be given parameters later (`add_param_group`): a NaN there counts like any other."""
-        held = [p for o in self._actions for group in o.param_groups for p in group["params"]]
-        if len(held) == self._held:
-            return
-        self._held = len(held)
-        for parameter in held:
-            if parameter not in self._watched_set:
-                self._watched_set.add(parameter)
-                self._watched.parameters.append(parameter)
-                self._watched.names.append(f"added[{len(self._watched.names)}]")
-        if self._topology.hook is not None:
-            self._topology.hook.number(self._watched.parameters)
-
-    def _measure(self, optimizer: Optimizer | None) -> Measured:
-        stats_PK, numbers = self._stats()
-        norm = stats.total_norm(stats_PK)
-        hook = self._topology.hook
-        rows_WR = hook.take_rows() if hook is not None else None
-        synced = rows_WR is not None or (hook is None and self._topology.kind != "unrecognised")
-        if rows_WR is None:
-            # Backward goes through the model from its end, so the first to break is the last in the model's order.
-            order_P = self._order(tuple(reversed(numbers)), stats_PK.device)
-            # A row that was not shared carries no errors: ranks would withdraw at different steps.
-            rows_WR = rank_row(stats_PK.flip(0), order_P, self._errors if hook is None else 0).unsqueeze(0)
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:  # GradScaler leaves the unscaling to a fused optimizer
-            norm = norm / scale.to(norm)
-            rows_WR = rows_WR.clone()
-            rows_WR[:, ROW_SUM_OF_SQUARES] /= scale.to(norm).square()
-        return Measured(stats_PK.sum(0), norm, rows_WR, synced)
-
-    def _order(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-        if self._orders.get(numbers) is None:
-            self._orders = {numbers: torch.tensor(numbers, device=device)}
-        return self._orders[numbers]
-
-    def _agreed(self, norm: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """With unequal devices or thread counts norms differ in their last digits: take the largest of all ranks.
-
-        At step time and nowhere else: that is where every rank comes, whatever one of them clips or logs besides.
-        """
-        if self._group is None or not self._topology.acts:
-            return norm, left
-        shared = torch.nan_to_num(torch.stack((norm, left)), nan=math.inf, posinf=math.inf)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
-        return shared[0], shared[1]
-
-    def _abstain(self) -> None:
-        """This rank can't judge; the others must not wait for its norm. They will see a step to be skipped."""
-        broken = torch.full((), math.inf, dtype=torch.float64, device=self._watched.device)
-        if self._may_judge():
-            self._agreed(broken, broken)
-
     # --- life ------------------------------------------------------------------------------------------------------
 
     @property
@@ -488,8 +475,8 @@ class Monitor:
         return self._config.mode == "guard" and self._topology.acts and not self._withdrawn
 
     def _start_hooks(self) -> None:
-        if self._topology.hook is not None:
-            self._topology.hook.start(self._watched.parameters, lambda error: self._failed("local", error))
+        self._measurer.start()
+        self._scaler_watch.start()
         for optimizer in self._actions:
             # A hook traced into a compiled step would be silently ignored.
             for register, hook in (
@@ -510,8 +497,9 @@ class Monitor:
                 journal_path(plan.directory, self._identity),
                 self._identity,
                 parameters=self._watched.names,
+                elements=[p.numel() for p in self._watched.parameters],
                 config=self._config.to_dict(),
-                sample=Sampler(self._watched.device),
+                sample=Sampler(self._watched.device, self._failed),
                 max_bytes=self._config.journal_mib << 20,
                 on_error=self._failed,
             )
@@ -519,7 +507,7 @@ class Monitor:
             self._say.once(f"no journal for this rank, training goes on without it: {error}")
             return None
 
-    def _tell_start(self, plan: Plan) -> None:
+    def _tell_start(self, plan: Plan, agreement: Agreement) -> None:
         if self._identity.rank == 0:
             mode = "guarding" if self._acts else "watching"
             self._say.once(f"{mode} run {self.run} ({self._identity.world_size} ranks)", logging.INFO)
@@ -527,7 +515,7 @@ class Monitor:
                 self._say.once(f"another run of that name is alive: this one is called {self.run} in metrics and page")
             if not self._topology.acts:
                 self._say.once(f"only watching, not acting: {self._topology.why}")
-        if self._group is not None and self._topology.acts and self._identity.rank == 0:
+        if not agreement.equal_arithmetic and self._topology.acts and self._identity.rank == 0:
             self._say.once("devices or thread counts differ between ranks: one more small all-reduce per step")
         if self._identity.local_rank == 0 and self._config.agent.start == "auto":
             with self._guarded("agent"):
@@ -535,9 +523,10 @@ class Monitor:
 
     def _tell(self, event: Event) -> None:
         """The culprit speaks of what is its own, rank 0 of the rest."""
-        if event.action == "backoff" and self._journal is not None:
+        of_streak = event.kind in ("spike_streak", "scaler_streak")
+        if of_streak and self._journal is not None:
             self._journal.put(event)
-        speaker = event.rank if event.rank is not None and event.action != "backoff" else 0
+        speaker = event.rank if event.rank is not None and not of_streak else 0
         if self._identity.rank == speaker:
             self._say.event(event.kind, f"step {event.step}: {event.message}")
 
@@ -552,9 +541,7 @@ class Monitor:
 
     def _failed(self, part: str, error: Exception) -> None:
         if part in _DECIDING:
-            self._errors += 1
-            if self._topology.hook is not None:
-                self._topology.hook.errors = self._errors
+            self._measurer.count_error()
         if part != "journal" and self._journal is not None:  # the writer counts its own
             self._journal.count("gradmon_errors_total", (part,))
         where = traceback.extract_tb(error.__traceback__)
@@ -587,9 +574,9 @@ class Monitor:
             handle.remove()
         self._handles.clear()
         self._clip_watch.stop()
+        self._scaler_watch.stop()
         self._exit_watch.stop()
-        if self._topology.hook is not None:
-            self._topology.hook.stop()
+        self._measurer.stop()
         for doer in self._actions.values():
             with self._guarded("detach"):
                 doer.restore()
@@ -597,3 +584,8 @@ class Monitor:
             self._journal.close(end, detail)
         self._say.stop()
         atexit.unregister(self._at_exit)
+
+
+def _due(every: int, step: int) -> bool:
+    """True for the first step and every so-many-th; never for 0."""
+    return every > 0 and (step == 1 or step % every == 0)

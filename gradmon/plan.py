@@ -134,7 +134,16 @@ def identity_of(plan: Plan, agreement: Agreement) -> RankIdentity:
         script=identity.script_name(),
         version=__version__,
         started_seconds=time.time(),
+        gpu_uuid=_gpu_uuid(plan.watched.device),
     )
+
+
+def _gpu_uuid(device: torch.device) -> str:
+    """As NVML writes it, so that the agent finds the rank's GPU; empty where there is none, or torch does not tell."""
+    if device.type != "cuda":
+        return ""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"GPU-{str(uuid).removeprefix('GPU-')}" if uuid is not None else ""
 
 
 def _device_name(device: torch.device) -> str:

@@ -11,6 +11,10 @@ from typing import Any
 from gradmon.config import BackoffConfig
 from gradmon.record import Event, StepRecord
 
+#: A GradScaler that searches for its scale skips a few steps; so many in a row are a true NaN, which halves the scale
+#: for ever.
+SCALER_STREAK = 10
+
 
 class Policy:
     """Learning-rate back-off: lowered after spikes in a row, re-warmed by healthy steps.
@@ -21,11 +25,15 @@ class Policy:
     def __init__(self, config: BackoffConfig) -> None:
         self._config = config
         self._streak = 0
+        self._scaler_skips = 0
         self.scale = 1.0
         """Factor for the learning rate of the next step."""
 
     def update(self, record: StepRecord) -> list[Event]:
         """Take in a finished step; what is to be told beyond the step itself."""
+        self._scaler_skips = self._scaler_skips + 1 if record.reason == "scaler_skip" else 0
+        if self._scaler_skips == SCALER_STREAK:
+            return [_scaler_streak(record)]
         if record.reason == "spike":
             self._streak += 1
             return self._back_off(record) if self._due() else []
@@ -63,11 +71,12 @@ class Policy:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that shapes later actions, as plain values."""
-        return {"streak": self._streak, "scale": self.scale}
+        return {"streak": self._streak, "scale": self.scale, "scaler_skips": self._scaler_skips}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self._streak, self.scale = state["streak"], state["scale"]
+        self._scaler_skips = state.get("scaler_skips", 0)
 
 
 def incident(record: StepRecord) -> Event | None:
@@ -76,6 +85,7 @@ def incident(record: StepRecord) -> Event | None:
         return None
     where = "" if record.culprit_rank is None else f" on rank {record.culprit_rank}"
     where += "" if record.parameter is None else f", {record.parameter}"
+    where += "" if record.micro_step is None else f", micro-step {record.micro_step}"
     if record.reason == "nonfinite":
         seen = f"{record.nan_count} NaN and {record.inf_count} Inf gradient elements"
     else:
@@ -90,6 +100,25 @@ def incident(record: StepRecord) -> Event | None:
         record.reason,
         record.action,
         record.applied,
+        record.culprit_rank,
+        record.parameter,
+        message,
+    )
+
+
+def _scaler_streak(record: StepRecord) -> Event:
+    where = "" if record.culprit_rank is None else f" on rank {record.culprit_rank}"
+    where += "" if record.parameter is None else f", {record.parameter}"
+    message = (
+        f"the GradScaler has skipped {SCALER_STREAK} steps in a row{where}: not an overflow of its scale but NaN or "
+        f"Inf in the loss or a gradient; the weights no longer move"
+    )
+    return Event(
+        record.step,
+        record.wall_seconds,
+        "scaler_streak",
+        "none",
+        False,
         record.culprit_rank,
         record.parameter,
         message,

@@ -1,4 +1,4 @@
-"""What gradmon writes down: one `StepRecord` per optimizer step, one `Event` per thing worth telling, and METRICS.
+"""What gradmon writes down: one `StepRecord` per optimizer step, and one `Event` per thing worth telling.
 
 Glossary, used with these meanings everywhere:
 
@@ -22,10 +22,9 @@ Action = Literal["none", "rescale", "skip", "backoff"]
 Reason = Literal[
     "healthy", "spike", "max_norm", "nonfinite", "spike_streak", "unsynced", "scaler_skip", "scaler_streak"
 ]
-MetricKind = Literal["counter", "gauge"]
 
-#: What is measured of each parameter's gradient, in this order. Counts are of elements; minimum, maximum and abs_max are
-#: over the finite elements (without any: inf, -inf and 0). NaN stands for "not measured in this step"; for
+#: What is measured of each parameter's gradient, in this order. Counts are of elements; minimum, maximum and abs_max
+#: are over the finite elements (without any: inf, -inf and 0). NaN stands for "not measured in this step"; for
 #: sum_of_squares alone it means that an element is NaN.
 STATISTICS = ("sum_of_squares", "nan_count", "inf_count", "zero_count", "abs_max", "minimum", "maximum")
 #: Columns of a `Detail`: the statistics, and the norm of the last update over the norm of the weights.
@@ -97,7 +96,7 @@ class StepRecord:
     loss_scale: float | None = None
     """GradScaler's factor in this step; None without one."""
     noise_scale_ratio: float | None = None
-    """Gradient noise scale (McCandlish et al. 2018) over the global batch size, smoothed; above 1 a larger batch pays."""
+    """Gradient noise scale (McCandlish et al. 2018) over the global batch size, smoothed; above 1 a larger one pays."""
     update_ratio: float | None = None
     """Norm of the step's update over the norm of the weights, on a fixed sample of elements; this rank's shard."""
 
@@ -169,277 +168,8 @@ class RankIdentity:
     version: str
     started_seconds: float
     """Unix time of attach."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One Prometheus metric. `unit` is for people; the name already ends in it where the conventions ask for that."""
-
-    name: str
-    kind: MetricKind
-    unit: str
-    labels: tuple[str, ...]
-    help: str
-
-
-_RUN = ("run",)
-_RANK = ("run", "rank")
-
-#: Every metric gradmon exports. Those labelled by run alone are equal on all ranks and come from one rank of the run.
-METRICS: tuple[Metric, ...] = (
-    Metric(
-        "gradmon_run_info",
-        "gauge",
-        "1",
-        ("run", "run_instance", "attempt", "world_size", "mode", "topology", "script", "version"),
-        "Always 1; what is constant for a run. The only place for the instance and the attempt.",
-    ),
-    Metric(
-        "gradmon_rank_info",
-        "gauge",
-        "1",
-        ("run", "rank", "local_rank", "host", "world_size", "device"),
-        "Always 1; where a rank runs. Join on run and rank.",
-    ),
-    Metric(
-        "gradmon_grad_norm",
-        "gauge",
-        "norm",
-        _RUN,
-        "Global gradient norm before clipping; the last finite value.",
-    ),
-    Metric(
-        "gradmon_grad_norm_applied",
-        "gauge",
-        "norm",
-        _RUN,
-        "Norm of the gradients the optimizer used, after all clipping; 0 after a skipped step.",
-    ),
-    Metric(
-        "gradmon_grad_norm_limit",
-        "gauge",
-        "norm",
-        _RUN,
-        "Norm above which a step is a spike; absent until the detector is active.",
-    ),
-    Metric(
-        "gradmon_learning_rate",
-        "gauge",
-        "1",
-        _RUN,
-        "Learning rate set by the script, before gradmon's scale.",
-    ),
-    Metric(
-        "gradmon_learning_rate_scale_ratio",
-        "gauge",
-        "ratio",
-        _RUN,
-        "Factor gradmon puts on the learning rate; 1 unless it backed off.",
-    ),
-    Metric(
-        "gradmon_nonfinite_steps_total",
-        "counter",
-        "steps",
-        _RUN,
-        "Steps whose global gradients held NaN or Inf.",
-    ),
-    Metric(
-        "gradmon_actions_total",
-        "counter",
-        "actions",
-        ("run", "action", "reason", "applied"),
-        "What gradmon did to a step, and why. applied=no: what it would have done where it only watches.",
-    ),
-    Metric(
-        "gradmon_last_incident_info",
-        "gauge",
-        "1",
-        ("run", "rank", "parameter", "kind"),
-        "Always 1; the newest incident of a run: rank and parameter that broke first. One series per run, replaced.",
-    ),
-    Metric(
-        "gradmon_last_incident_step",
-        "gauge",
-        "steps",
-        _RUN,
-        "Step of the newest incident.",
-    ),
-    Metric(
-        "gradmon_grad_abs_max",
-        "gauge",
-        "1",
-        _RUN,
-        "Largest absolute value in the global gradients before clipping; from the newest step with full statistics.",
-    ),
-    Metric("gradmon_grad_min", "gauge", "1", _RUN, "Smallest value in the global gradients before clipping."),
-    Metric("gradmon_grad_max", "gauge", "1", _RUN, "Largest value in the global gradients before clipping."),
-    Metric("gradmon_grad_zero_ratio", "gauge", "ratio", _RUN, "Share of the global gradients' elements that are 0."),
-    Metric(
-        "gradmon_local_grad_norm_rms",
-        "gauge",
-        "norm",
-        _RUN,
-        "Root mean square over all ranks of their gradient norms before the all-reduce.",
-    ),
-    Metric(
-        "gradmon_local_grad_norm_max",
-        "gauge",
-        "norm",
-        _RUN,
-        "Largest gradient norm of any rank before the all-reduce.",
-    ),
-    Metric("gradmon_healthy_ranks", "gauge", "ranks", _RUN, "Ranks whose own gradients were finite in the last step."),
-    Metric("gradmon_mean_loss", "gauge", "1", _RUN, "Mean loss over all ranks; the last finite value."),
-    Metric("gradmon_max_loss", "gauge", "1", _RUN, "Largest loss of any rank; the last finite value."),
-    Metric("gradmon_loss_scale", "gauge", "1", _RUN, "Factor of the script's GradScaler; absent without one."),
-    Metric(
-        "gradmon_scaler_skips_total",
-        "counter",
-        "steps",
-        _RUN,
-        "Steps that the script's GradScaler left out because scaled gradients overflowed; normal while it searches.",
-    ),
-    Metric(
-        "gradmon_grad_noise_scale_ratio",
-        "gauge",
-        "ratio",
-        _RUN,
-        "Gradient noise scale over the global batch size, smoothed; above 1 a larger batch still pays.",
-    ),
-    Metric(
-        "gradmon_update_ratio",
-        "gauge",
-        "ratio",
-        _RUN,
-        "Norm of the optimizer's update over the norm of the weights, on a sample of elements.",
-    ),
-    Metric("gradmon_steps_total", "counter", "steps", _RANK, "Optimizer steps this rank has finished."),
-    Metric(
-        "gradmon_local_grad_norm",
-        "gauge",
-        "norm",
-        _RANK,
-        "This rank's gradient norm before the all-reduce; the last finite value.",
-    ),
-    Metric(
-        "gradmon_local_nonfinite_elements_total",
-        "counter",
-        "elements",
-        ("run", "rank", "kind"),
-        "NaN or Inf elements in this rank's gradients before the all-reduce.",
-    ),
-    Metric(
-        "gradmon_nonfinite_elements_total",
-        "counter",
-        "elements",
-        ("run", "kind"),
-        "NaN or Inf elements in the gradients the optimizer was given, after the all-reduce.",
-    ),
-    Metric(
-        "gradmon_incidents_total",
-        "counter",
-        "steps",
-        ("run", "rank", "kind"),
-        "Steps broken by this rank's own gradients.",
-    ),
-    Metric("gradmon_loss", "gauge", "1", _RANK, "Loss this rank observed last; the last finite value."),
-    Metric(
-        "gradmon_nonfinite_losses_total",
-        "counter",
-        "steps",
-        _RANK,
-        "Steps whose observed loss was NaN or Inf.",
-    ),
-    Metric(
-        "gradmon_last_step_timestamp_seconds",
-        "gauge",
-        "seconds",
-        _RANK,
-        "Unix time at which this rank finished its last step.",
-    ),
-    Metric("gradmon_step_duration_seconds", "gauge", "seconds", _RANK, "Duration of this rank's last step."),
-    Metric(
-        "gradmon_rank_up",
-        "gauge",
-        "bool",
-        _RANK,
-        "1 while the rank's process lives; 0 when it has ended or was killed.",
-    ),
-    Metric(
-        "gradmon_rank_finished",
-        "gauge",
-        "bool",
-        _RANK,
-        "1 when the rank ended by itself without an exception.",
-    ),
-    Metric(
-        "gradmon_last_heartbeat_timestamp_seconds",
-        "gauge",
-        "seconds",
-        _RANK,
-        "Unix time of the rank's last heartbeat; it beats every 5 s also while no step is made.",
-    ),
-    Metric(
-        "gradmon_process_resident_memory_bytes",
-        "gauge",
-        "bytes",
-        _RANK,
-        "Resident memory of the rank's process.",
-    ),
-    Metric("gradmon_process_cpu_seconds_total", "counter", "seconds", _RANK, "CPU time of the rank's process."),
-    Metric("gradmon_host_memory_available_bytes", "gauge", "bytes", _RANK, "Memory available on the rank's host."),
-    Metric(
-        "gradmon_gpu_memory_allocated_bytes",
-        "gauge",
-        "bytes",
-        _RANK,
-        "GPU memory held by tensors (torch allocator); absent without a GPU.",
-    ),
-    Metric(
-        "gradmon_gpu_memory_reserved_bytes",
-        "gauge",
-        "bytes",
-        _RANK,
-        "GPU memory held by the torch allocator; absent without a GPU.",
-    ),
-    Metric(
-        "gradmon_gpu_memory_peak_allocated_bytes",
-        "gauge",
-        "bytes",
-        _RANK,
-        "Highest GPU memory held by tensors so far; absent without a GPU.",
-    ),
-    Metric(
-        "gradmon_gpu_allocator_retries_total",
-        "counter",
-        "retries",
-        _RANK,
-        "Allocations that first failed and went through after the cache was flushed; absent without a GPU.",
-    ),
-    Metric(
-        "gradmon_errors_total",
-        "counter",
-        "errors",
-        ("run", "rank", "part"),
-        "Failures of gradmon itself inside the training process; training goes on without that part.",
-    ),
-    Metric("gradmon_agent_errors_total", "counter", "errors", ("part",), "Failures of the agent itself."),
-    Metric("gradmon_agent_journals", "gauge", "files", (), "Journals the agent reads."),
-    Metric("gradmon_agent_info", "gauge", "1", ("host", "version"), "Always 1; the agent that answers."),
-)
-
-METRICS_BY_NAME: dict[str, Metric] = {m.name: m for m in METRICS}
-
-#: Names a sample of `resources.sample` may carry, and the metric each becomes.
-RESOURCE_METRICS: dict[str, str] = {
-    "resident_memory_bytes": "gradmon_process_resident_memory_bytes",
-    "cpu_seconds": "gradmon_process_cpu_seconds_total",
-    "host_memory_available_bytes": "gradmon_host_memory_available_bytes",
-    "gpu_memory_allocated_bytes": "gradmon_gpu_memory_allocated_bytes",
-    "gpu_memory_reserved_bytes": "gradmon_gpu_memory_reserved_bytes",
-    "gpu_memory_peak_allocated_bytes": "gradmon_gpu_memory_peak_allocated_bytes",
-    "gpu_allocator_retries": "gradmon_gpu_allocator_retries_total",
-}
+    gpu_uuid: str = ""
+    """The rank's GPU as NVML names it, `GPU-` and the UUID; empty on CPU."""
 
 
 def finite(value: float | None) -> float | None:

@@ -1,11 +1,15 @@
 """Gradients -> one small tensor of statistics, exact, without waiting for the device.
 
-Legend: P parameters, K statistics (`STATISTICS`), shapes as suffixes: `stats_PK` is [P, K], float64.
+Legend: P parameters, K statistics (`record.STATISTICS`), shapes as suffixes: `stats_PK` is [P, K], float64.
 
-A norm is the square root of a sum of squares. Squares of float32 overflow above 1.8e19 and float16 sums lose their
-digits, so a finite gradient must be able to give a sum that float32 cannot hold. On CPU, chunks of 128 k elements go
-through `dot` (memory speed) and are added in float64; only where that is not finite are the chunks read again, in
-float64. On other devices everything is accumulated in float64 at once.
+A norm is the square root of a sum of squares. Squares of float32 overflow above 1.8e19 and vanish below 1e-19, float16
+sums lose their digits: a finite gradient must give a finite, accurate norm all the same.
+
+- CUDA: one pass of a Triton kernel over all gradients, everything at once (`kernels`); where Triton is missing, torch's
+  foreach operations in float64.
+- CPU: `vector_norm` over rows of 32 k elements runs at memory speed; rows are added in float64. Minimum and maximum are
+  a second read, zeros a third, so the caller says in which steps it wants them. A parameter whose sum is not finite or
+  too small for float32 is read again, slowly and with everything.
 """
 
 from __future__ import annotations
@@ -17,11 +21,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: The columns of `stats_PK`. Counts are of elements.
-STATISTICS = ("sum_of_squares", "nan_count", "inf_count")
-SUM_OF_SQUARES, NAN_COUNT, INF_COUNT = range(len(STATISTICS))
-#: An unchunked `dot` over 38 M elements is 1.2e-4 off; sums of chunks of this size, added in float64, 3e-8.
-_CHUNK = 1 << 17
+from gradmon import kernels
+from gradmon.record import STATISTICS
+
+__all__ = ["STATISTICS", "dense", "flat", "measure", "total_norm"]
+
+SUM_OF_SQUARES, NAN_COUNT, INF_COUNT, ZERO_COUNT, ABS_MAX, MINIMUM, MAXIMUM = range(len(STATISTICS))
+#: The statistics that add up over shards; the others are maxima (or minima).
+SUMS = 4
+#: Elements in a row of `vector_norm`: a longer float32 sum loses digits, a shorter one speed.
+_ROW = 1 << 15
+#: Half-precision values are widened in pieces of this size, so that no copy of a gradient is ever made.
+_PIECE = 1 << 17
+#: Below this a sum of float32 squares may have lost elements to underflow.
+_TINY = 1e-24
 
 
 def dense(gradient: Tensor) -> Tensor:
@@ -35,13 +48,30 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def measure(gradients: Sequence[Tensor], *, host_reads: bool | None = None) -> Tensor:
+def flat(value: Tensor) -> Tensor:
+    """As one dimension; a view for every tensor without gaps, whatever the order of its dimensions in memory."""
+    if not value.is_contiguous():
+        strides = value.stride()
+        value = value.permute(sorted(range(value.dim()), key=lambda d: -strides[d]))
+    return value.reshape(-1)
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """True where looking at a value does not wait for the device."""
+    return device.type == "cpu"
+
+
+def measure(
+    gradients: Sequence[Tensor], *, extremes: bool = True, zeros: bool = True, host_reads: bool | None = None
+) -> Tensor:
     """Statistics of each gradient.
 
     Args:
-        gradients: P tensors on one device, of any real or complex dtype, layout and shape (empty ones too).
+        gradients: P tensors, of any real or complex dtype, layout and shape (empty ones too).
+        extremes: whether minimum, maximum and abs_max are asked for; without, they may be NaN.
+        zeros: the same for the number of zeros.
         host_reads: whether the code may look at values to save work. Free on CPU, a synchronisation elsewhere; None
-            takes what fits the device. The result is the same.
+            takes what fits the device. What is asked for is the same.
 
     Returns:
         `stats_PK`, float64, on the gradients' device. Nothing is read back to the host, except on CPU.
@@ -51,26 +81,15 @@ def measure(gradients: Sequence[Tensor], *, host_reads: bool | None = None) -> T
         return torch.zeros(0, len(STATISTICS), dtype=torch.float64)
     device = values[0].device
     if any(v.device != device for v in values):
-        return torch.cat([measure([v], host_reads=host_reads).to(device) for v in values])
+        parts = [measure([v], extremes=extremes, zeros=zeros, host_reads=host_reads) for v in values]
+        return torch.cat([part.to(device) for part in parts])
     if host_reads is None:
-        host_reads = device.type == "cpu"
-    stats_PK = torch.zeros(len(values), len(STATISTICS), dtype=torch.float64, device=device)
-    if not host_reads:
-        norms = torch._foreach_norm(values, 2, dtype=torch.float64)
-        stats_PK[:, SUM_OF_SQUARES] = torch.stack(norms).square_()
-        stats_PK[:, NAN_COUNT] = torch.stack([v.isnan().sum() for v in values])
-        stats_PK[:, INF_COUNT] = torch.stack([v.isinf().sum() for v in values])
-        return stats_PK
-    squares_P = _sums_of_squares_on_cpu(values)
-    broken = [] if math.isfinite(float(squares_P.sum())) else (~squares_P.isfinite()).nonzero().flatten().tolist()
-    for p in broken:  # or just huge: rare, so it may cost more passes
-        squares_P[p] = sum(
-            (_squared_in_float64(c) for c in _chunks(values[p])), start=torch.zeros((), dtype=torch.float64)
-        )
-        stats_PK[p, NAN_COUNT] = values[p].isnan().sum()
-        stats_PK[p, INF_COUNT] = values[p].isinf().sum()
-    stats_PK[:, SUM_OF_SQUARES] = squares_P
-    return stats_PK
+        host_reads = reads_are_free(device)
+    if host_reads:
+        return _measure_on_host(values, extremes, zeros)
+    if device.type == "cuda" and kernels.available(device):
+        return kernels.measure(values)
+    return _measure_by_foreach(values, extremes, zeros)
 
 
 def total_norm(stats_PK: Tensor) -> Tensor:
@@ -78,50 +97,109 @@ def total_norm(stats_PK: Tensor) -> Tensor:
     return stats_PK[:, SUM_OF_SQUARES].sum().sqrt()
 
 
-def _sums_of_squares_on_cpu(values: Sequence[Tensor]) -> Tensor:
+def _measure_by_foreach(values: Sequence[Tensor], extremes: bool, zeros: bool) -> Tensor:
+    """On devices without Triton: more passes, and for the extremes a copy of one gradient at a time."""
+    stats_PK = torch.full((len(values), len(STATISTICS)), math.nan, dtype=torch.float64, device=values[0].device)
+    norms = torch._foreach_norm(list(values), 2, dtype=torch.float64)
+    stats_PK[:, SUM_OF_SQUARES] = torch.stack(norms).square_()
+    stats_PK[:, NAN_COUNT] = torch.stack([v.isnan().sum() for v in values])
+    stats_PK[:, INF_COUNT] = torch.stack([v.isinf().sum() for v in values])
+    if zeros:
+        stats_PK[:, ZERO_COUNT] = torch.stack([(v == 0).sum() for v in values])
+    if extremes:
+        lowest = torch.stack([_finite_or(v, math.inf).amin().double() for v in values])
+        highest = torch.stack([_finite_or(v, -math.inf).amax().double() for v in values])
+        stats_PK[:, MINIMUM], stats_PK[:, MAXIMUM] = lowest, highest
+        stats_PK[:, ABS_MAX] = torch.maximum(-lowest, highest).clamp_(min=0)
+    return stats_PK
+
+
+def _finite_or(value: Tensor, other: float) -> Tensor:
+    """With `other` for what is not finite, and behind the last element, so that an empty tensor has an extreme too."""
+    return torch.nn.functional.pad(flat(torch.where(value.isfinite(), value, other)), (0, 1), value=other)
+
+
+def _measure_on_host(values: Sequence[Tensor], extremes: bool, zeros: bool) -> Tensor:
+    stats_PK = torch.full((len(values), len(STATISTICS)), math.nan, dtype=torch.float64)
+    flats = [v if v.dim() == 1 and v.is_contiguous() else flat(v) for v in values]
+    squares_P = _sums_of_squares(flats)
+    stats_PK[:, SUM_OF_SQUARES] = squares_P
+    stats_PK[:, NAN_COUNT : INF_COUNT + 1] = 0
+    sane = (squares_P > _TINY).logical_and_(squares_P.isfinite())
+    doubtful = [] if bool(sane.all()) else (~sane).nonzero().flatten().tolist()
+    if extremes:
+        _put_extremes(stats_PK, flats, frozenset(doubtful))
+    if zeros:
+        stats_PK[:, ZERO_COUNT] = torch.tensor([f.numel() - int(f.count_nonzero()) for f in flats]).double()
+    for p in doubtful:  # rare, so it may cost more passes
+        stats_PK[p] = torch.tensor(_careful(flats[p]), dtype=torch.float64)
+    return stats_PK
+
+
+def _sums_of_squares(flats: Sequence[Tensor]) -> Tensor:
     """squares_P in float64; not finite where a gradient is not, or is too large for float32."""
-    if all(v.numel() <= _CHUNK for v in values):
-        return _small_squares(values)
-    parts: list[Tensor] = []
-    owners: list[int] = []
-    small = [p for p, v in enumerate(values) if v.numel() <= _CHUNK]
-    for p, value in enumerate(values):
-        if value.numel() > _CHUNK:
-            chunks = _chunks(value)
-            parts.extend(map(_squared, chunks))
-            owners.extend([p] * len(chunks))
-    squares_P = torch.zeros(len(values), dtype=torch.float64)
-    squares_P.index_add_(0, _indices(tuple(owners)), torch.stack(parts))
-    if small:
-        squares_P.index_add_(0, _indices(tuple(small)), _small_squares([values[p] for p in small]))
+    squares_P = torch.empty(len(flats), dtype=torch.float64)
+    small = [p for p, f in enumerate(flats) if f.numel() <= _ROW]
+    if small:  # all in one call: for small tensors calls are what costs
+        wide = any(flats[p].dtype == torch.float64 for p in small)
+        kind = torch.float64 if wide else torch.float32
+        norms = torch._foreach_norm([flats[p] for p in small], 2, dtype=kind)
+        squares = torch.stack(list(norms)).double().square_()
+        if len(small) == len(flats):
+            return squares
+        squares_P[small] = squares
+    for p, f in enumerate(flats):
+        if f.numel() > _ROW:
+            squares_P[p] = _large_sum_of_squares(f)
     return squares_P
 
 
-def _small_squares(values: Sequence[Tensor]) -> Tensor:
-    """All in one call: for small tensors calls are what costs."""
-    wide = any(v.dtype == torch.float64 for v in values)
-    norms = torch._foreach_norm(list(values), 2, dtype=torch.float64 if wide else torch.float32)
-    return torch.stack(list(norms)).double().square_()
+def _large_sum_of_squares(value: Tensor) -> Tensor:
+    if value.dtype not in (torch.float32, torch.float64):
+        return torch.stack([_large_sum_of_squares(piece.float()) for piece in torch.split(value, _PIECE)]).sum()
+    whole = value.numel() // _ROW * _ROW
+    # In rows, because a norm over one dimension is faster and more exact than one over everything.
+    squares: Tensor = torch.linalg.vector_norm(value[:whole].view(-1, _ROW), dim=1).double().square_().sum()
+    if whole < value.numel():
+        squares += torch.linalg.vector_norm(value[whole:]).double().square_()
+    return squares
 
 
-def _squared(chunk: Tensor) -> Tensor:
-    """Sum of squares of a chunk, at memory speed."""
-    if chunk.dtype in (torch.float32, torch.float64):
-        return torch.dot(chunk, chunk).double()
-    norm: Tensor = torch.linalg.vector_norm(chunk, dtype=torch.float32)
-    return norm.double().square_()
+def _put_extremes(stats_PK: Tensor, flats: Sequence[Tensor], doubtful: frozenset[int]) -> None:
+    found = [(p, *torch.aminmax(f)) for p, f in enumerate(flats) if p not in doubtful]
+    if not found:
+        return
+    if len({lowest.dtype for _, lowest, _ in found}) > 1:
+        found = [(p, lowest.double(), highest.double()) for p, lowest, highest in found]
+    lowest = torch.stack([pair[1] for pair in found]).double()
+    highest = torch.stack([pair[2] for pair in found]).double()
+    columns = torch.stack((torch.maximum(-lowest, highest), lowest, highest), 1)
+    if len(found) == len(flats):
+        stats_PK[:, ABS_MAX:] = columns
+    else:
+        stats_PK[[pair[0] for pair in found], ABS_MAX:] = columns
 
 
-def _chunks(value: Tensor) -> Sequence[Tensor]:
-    flat = value.reshape(-1)
-    return (flat,) if flat.numel() <= _CHUNK else torch.split(flat, _CHUNK)
+def _careful(value: Tensor) -> list[float]:
+    """All statistics of one gradient in float64, piece by piece."""
+    if value.numel() and not value.any():
+        return [0.0, 0.0, 0.0, float(value.numel()), 0.0, 0.0, 0.0]  # an unused parameter, in every step
+    squares = nans = infs = zeros = 0.0
+    lowest, highest = math.inf, -math.inf
+    for piece in torch.split(value, _ROW):
+        wide = piece.double()
+        squares += float(torch.dot(wide, wide))
+        nans += int(wide.isnan().sum())
+        infs += int(wide.isinf().sum())
+        zeros += wide.numel() - int(wide.count_nonzero())
+        finite = wide[wide.isfinite()]
+        if finite.numel():
+            low, high = map(float, torch.aminmax(finite))
+            lowest, highest = min(lowest, low), max(highest, high)
+    return [squares, nans, infs, zeros, max(0.0, -lowest, highest), lowest, highest]
 
 
 @functools.lru_cache(maxsize=64)
-def _indices(numbers: tuple[int, ...]) -> Tensor:
-    return torch.tensor(numbers)
-
-
-def _squared_in_float64(chunk: Tensor) -> Tensor:
-    wide = chunk.double()
-    return torch.dot(wide, wide)
+def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """A constant on a device: copied there once, since each copy of host memory is a synchronisation."""
+    return torch.tensor(values, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +13,12 @@ from torch.optim import Optimizer
 
 from gradmon.actions import Verdict
 from gradmon.detector import Limits
+from gradmon.measuring import Measured
+from gradmon.updates import UpdateSample
 
 #: For each gradient which tensor it was, and how often that had been written.
 Marks = list[tuple["weakref.ref[Tensor]", int]]
 _OPTIMIZER_SOURCE = Optimizer.profile_hook_step.__code__.co_filename
-
-
-@dataclass(slots=True)
-class Measured:
-    """A step's gradients as the optimizer was to get them, before any clip."""
-
-    sums: Tensor
-    """stats_PK summed over P."""
-    norm: Tensor
-    rows: Tensor
-    """One per rank, as in `local.ROW`; this rank's alone where there is no communication hook."""
-    synced: bool
-    """False if the gradients were not averaged in this step (all backwards under `no_sync`)."""
 
 
 @dataclass(slots=True)
@@ -43,6 +32,11 @@ class StepInProgress:
     acting: bool
     scale: float
     rate: float | Tensor
+    loss_scale: Tensor | None
+    """A GradScaler's, if one is stepping the optimizer."""
+    detail_due: bool
+    """True if full statistics are to be written down whatever happens."""
+    updates: UpdateSample | None
 
 
 def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -63,6 +57,21 @@ def inside_own_step(optimizer: Optimizer) -> bool:
 def marks_of(gradients: list[Tensor]) -> Marks:
     """What tells whether gradients were replaced or written since. Weak, so that memory is freed."""
     return [(weakref.ref(g), g._version) for g in gradients]
+
+
+def marks_after(gradients: list[Tensor], written: list[Tensor], writes: int) -> Marks:
+    """What the marks will be when a clip has written `writes` times to each of `written`, and nobody else to any."""
+    touched = {id(g) for g in written}
+    return [(weakref.ref(g), g._version + (writes if id(g) in touched else 0)) for g in gradients]
+
+
+def with_closure(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], wrap: Callable[[Callable[[], Any]], Callable[[], Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `optimizer.step`, its closure replaced by `wrap(closure)`."""
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], wrap(args[1]), *args[2:]), dict(kwargs)
+    return args, {**kwargs, "closure": wrap(kwargs["closure"])}
 
 
 def unchanged(marks: Marks, gradients: list[Tensor]) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gradmon.local import HookTakenError, LocalHook, local_hook
+from gradmon.sharding import Sharding, describe, is_sharded, serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +46,36 @@ class Topology:
     """How gradients become global."""
 
     kind: str
-    """`single`, `ddp`, or `unrecognised`."""
-    acts: bool
-    why: str
+    """`single`, `ddp`, `fsdp2`, `hsdp`, `tensor_parallel` or `unrecognised`."""
+    model: nn.Module
+    acts: bool = True
+    why: str = ""
     """Why gradmon only watches; empty if it acts."""
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None = None
     """Ranks that attach together."""
-    hook: LocalHook | None
+    hook: LocalHook | None = None
     """Where local statistics come from, with DDP."""
+    taken: bool = False
+    """True if a hook of the script's was registered with DDP before ours could be."""
+    sharding: Sharding | None = None
+    """How the ranks' parts add up, where each rank holds a part."""
 
     def __str__(self) -> str:
         return self.kind if self.acts else f"{self.kind}: {self.why}"
+
+    @property
+    def ddp(self) -> DistributedDataParallel | None:
+        """The DDP object, if there is one."""
+        inner = getattr(self.model, "_orig_mod", self.model)  # torch.compile(DDP(...))
+        return inner if isinstance(inner, DistributedDataParallel) else None
+
+    def joining(self) -> bool:
+        """True inside `model.join()`, where ranks run out of data one by one."""
+        return self.ddp is not None and bool(self.ddp._join_config.enable)
+
+    def divides_by_those_left(self) -> bool:
+        """True inside `model.join(divide_by_initial_world_size=False)`, which a communication hook can't follow."""
+        return self.joining() and not getattr(self.ddp, "_divide_by_initial_world_size", True)
 
 
 def watch(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Watched:
@@ -118,28 +138,71 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
         watched: from `watch`.
         world_size: as the launcher says; 1 without one.
     """
-    inner = getattr(model, "_orig_mod", model)  # torch.compile(DDP(...))
     joined = dist.is_available() and dist.is_initialized()
     world = dist.group.WORLD if joined else None
-    if isinstance(inner, DistributedDataParallel):
-        why = _why_not(inner, watched)
-        if not why:
-            try:
-                return Topology("ddp", True, "", inner.process_group, local_hook(inner))
-            except HookTakenError:
-                why = "DDP has a communication hook of its own, so ranks can't be told apart"
-        return Topology("ddp", False, why, world, None)
+
+    def watching(why: str, kind: str = "unrecognised") -> Topology:
+        return Topology(kind, model, acts=False, why=why, group=world)
+
+    plain = Topology("single", model)
+    why = _engine(model, watched.optimizers)
+    if why:
+        return watching(why, "ddp" if plain.ddp is not None else "unrecognised")
+    if plain.ddp is not None:
+        why = _why_not(plain.ddp, watched)
+        if why:
+            return watching(why, "ddp")
+        group = plain.ddp.process_group
+        try:
+            return Topology("ddp", model, group=group, hook=local_hook(plain.ddp))
+        except HookTakenError:
+            return Topology("ddp", model, group=group, taken=True)
     if len({p.device for p in watched.parameters}) > 1:
-        return Topology("unrecognised", False, "parameters lie on several devices", world, None)
-    if _sharded(watched.parameters):
-        return Topology("unrecognised", False, "parameters are sharded (DTensor)", world, None)
+        return watching("parameters lie on several devices")
+    if any(map(is_sharded, watched.parameters)):
+        kind, why = describe(model, watched.parameters, dist.get_world_size())
+        if not why and world is not None and not serves(world, watched.device):
+            why = (
+                f"the process group has no backend for {watched.device.type}; init_process_group('cpu:gloo,cuda:nccl')"
+            )
+        if why or world is None:
+            return watching(f"{kind}: {why}")
+        return Topology(kind, model, group=world, sharding=Sharding(watched.parameters, world))
     if joined and dist.get_world_size() > 1:
-        why = "several ranks, but the model is no DistributedDataParallel; attach the DDP object, not what it wraps"
-        return Topology("unrecognised", False, why, world, None)
+        return watching(
+            "several ranks, but the model is no DistributedDataParallel; attach the DDP object, not what it wraps"
+        )
     if world_size > 1:
-        why = f"WORLD_SIZE is {world_size} but there is no process group; attach after init_process_group and DDP(...)"
-        return Topology("unrecognised", False, why, None, None)
-    return Topology("single", True, "", None, None)
+        return watching(
+            f"WORLD_SIZE is {world_size} but there is no process group; attach after init_process_group and DDP(...)"
+        )
+    return plain
+
+
+#: Engines that average, clip and step by rules of their own, by the package their classes come from.
+_ENGINES = {
+    "deepspeed": "DeepSpeed clips and steps by itself; for norms before its clip set its gradient_clipping to 0",
+    "megatron": "Megatron clips in its own optimizer; for norms before its clip pass --clip-grad 0",
+    "colossalai": "ColossalAI clips in its own optimizer; for norms before its clip leave max_norm out of boost()",
+}
+
+
+def _engine(model: nn.Module, optimizers: Sequence[Optimizer]) -> str:
+    """Why this engine is only watched; empty if there is none that is known."""
+    for owner in (model, *optimizers):
+        for kind in type(owner).__mro__:
+            package = kind.__module__.partition(".")[0]
+            if package in _ENGINES:
+                return _ENGINES[package]
+    for module in model.modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            return (
+                "FSDP1 keeps flat shards, whose norms are no global ones; use fully_shard (FSDP2), or its own "
+                "model.clip_grad_norm_ for a clip"
+            )
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for o in optimizers for kind in type(o).__mro__):
+        return "ZeroRedundancyOptimizer steps only a part of the parameters on each rank"
+    return ""
 
 
 def _why_not(model: DistributedDataParallel, watched: Watched) -> str:
@@ -154,7 +217,3 @@ def _why_not(model: DistributedDataParallel, watched: Watched) -> str:
         # There DDP divides by the world size where it else multiplies, and a hook can't tell which it would have done.
         return f"gradient_as_bucket_view on {ranks} ranks, no power of two: a hook would change the last bits"
     return ""
-
-
-def _sharded(parameters: Sequence[Tensor]) -> bool:
-    return any(hasattr(p, "to_local") for p in parameters)

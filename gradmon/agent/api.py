@@ -124,7 +124,7 @@ def _rank(rank: Rank) -> dict[str, Any]:
         "device": identity.device,
         "pid": identity.pid,
         "state": view.state,
-        "detail": view.detail,
+        "detail": view.end_detail,
         "step": rank.step,
         "step_age_seconds": _number(time.time() - gauges["wall_seconds"]) if "wall_seconds" in gauges else None,
         "seen_age_seconds": _number(time.time() - rank.last_seen_seconds),
@@ -178,7 +178,7 @@ def _failed(ranks: list[Rank], _of: int, _now: float) -> str:
     first = min(ranks, key=lambda rank: rank.last_seen_seconds)
     where = "before the first step" if first.step is None else f"after step {first.step}"
     others = f" (and {len(ranks) - 1} more)" if len(ranks) > 1 else ""
-    return f"rank {first.number} ended {where} with {first.view.detail or 'an exception'}{others}"
+    return f"rank {first.number} ended {where} with {first.view.end_detail or 'an exception'}{others}"
 
 
 def _crashed(ranks: list[Rank], of: int, now: float) -> str:

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
@@ -19,8 +19,10 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from gradmon import __version__
+from gradmon.agent.gpus import Reading
+from gradmon.agent.layer_gauges import LAYER_GAUGES
 from gradmon.agent.store import LIVING, Rank, Run, Store
-from gradmon.record import METRICS, METRICS_BY_NAME, RESOURCE_METRICS
+from gradmon.metrics import METRICS, METRICS_BY_NAME, RESOURCE_METRICS
 
 logger = logging.getLogger("gradmon.agent")
 
@@ -57,14 +59,16 @@ RANK_GAUGES = {
 
 #: One sample: a metric's name, its labels in the order METRICS lists them, the value.
 Sample = tuple[str, tuple[str, ...], float]
+#: UUID of a GPU -> what the driver says of it now.
+Readings = Mapping[str, list[Reading]]
 
 
 class Exporter:
     """Renders /metrics. A part that fails is left out and counted; the scrape never fails with it."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, gpus: Callable[[], Readings] = dict) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_StoreCollector(store))
+        self._registry.register(_StoreCollector(store, gpus))
         self._lock = threading.Lock()
         self._cache: dict[str, tuple[float, bytes]] = {}
 
@@ -80,8 +84,9 @@ class Exporter:
 
 
 class _StoreCollector(Collector):
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, gpus: Callable[[], Readings]) -> None:
         self._store = store
+        self._gpus = gpus
 
     def describe(self) -> Iterable[Family]:
         return ()  # without this, registering would collect once
@@ -106,12 +111,17 @@ class _StoreCollector(Collector):
     def _parts(self) -> Iterator[Iterator[Sample]]:
         """What may fail apart from each other."""
         now = time.time()
-        for run in self._store.runs:
-            if not run.instance.living and now - run.instance.last_seen_seconds > ENDED_SECONDS:
-                continue
+        runs = [
+            run
+            for run in self._store.runs
+            if run.instance.living or now - run.instance.last_seen_seconds <= ENDED_SECONDS
+        ]
+        yield _gpu_samples(runs, self._gpus)
+        for run in runs:
             ranks = run.ranks()
             if 0 in ranks:  # equal on all ranks, so one of them, on whatever node, tells it
                 yield _run_samples(run, ranks[0])
+                yield _layer_samples(run, ranks[0])
             for rank in ranks.values():
                 yield _rank_samples(run.name, rank)
 
@@ -146,6 +156,17 @@ def _run_samples(run: Run, rank: Rank) -> Iterator[Sample]:
         yield "gradmon_last_incident_step", labels, float(incident.step)
 
 
+def _layer_samples(run: Run, rank: Rank) -> Iterator[Sample]:
+    """What the run's `metrics` settings allow; the values were taken in when they were read, not now."""
+    gauges = rank.layers
+    yield "gradmon_series_dropped", (run.name,), 0.0 if gauges is None else float(gauges.dropped)
+    if gauges is not None:
+        for layer, values in gauges.values.items():
+            for name, field in LAYER_GAUGES.items():
+                if field in values:
+                    yield name, (run.name, layer), values[field]
+
+
 def _rank_samples(run: str, rank: Rank) -> Iterator[Sample]:
     view = rank.view
     identity = view.identity
@@ -163,6 +184,25 @@ def _rank_samples(run: str, rank: Rank) -> Iterator[Sample]:
         if key in view.samples:
             yield name, labels, view.samples[key]
     yield from _counter_samples(run, rank, of_rank=True)
+
+
+def _gpu_samples(runs: list[Run], gpus: Callable[[], Readings]) -> Iterator[Sample]:
+    """What the driver says of each rank's GPU.
+
+    A rank that ended keeps its GPU until another uses it: what killed it may be counted only after its end. Later the
+    GPU's numbers are no longer its own.
+    """
+    users: dict[str, list[tuple[Run, Rank]]] = {}
+    for run in runs:
+        for rank in run.ranks().values():
+            users.setdefault(rank.view.identity.gpu_uuid, []).append((run, rank))
+    for uuid, of_gpu in gpus().items():
+        ranks = users.get(uuid, [])
+        living = [(run, rank) for run, rank in ranks if rank.view.state in LIVING]
+        last = sorted(ranks, key=lambda user: user[1].view.identity.started_seconds)[-1:]
+        for run, rank in living or last:
+            for name, labels, value in of_gpu:
+                yield name, (run.name, str(rank.number), *labels), value
 
 
 def _counter_samples(run: str, rank: Rank, *, of_rank: bool) -> Iterator[Sample]:

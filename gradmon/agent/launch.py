@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gradmon
-from gradmon.journal import is_held
+from gradmon.locks import is_held
 
 LOCK_NAME = "agent.lock"
 LOG_NAME = "agent.log"

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradmon.agent.store import find_journals
-from gradmon.journal import is_held, read_journal
+from gradmon.journal import read_journal
+from gradmon.locks import is_held
 
 KEEP_SECONDS = 7 * 24 * 3600.0
 KEEP_BYTES = 2 << 30
@@ -80,7 +81,7 @@ def _examine(instance: Path) -> _Old:
 
 def _has_events(journal: Path) -> bool:
     try:
-        return bool(read_journal(journal, after_step=1 << 62, limit=1).events)
+        return bool(read_journal(journal, after_step=1 << 62, after_detail=1 << 62, limit=1).events)
     except Exception:  # what can't be read holds nothing worth keeping longer
         return False
 

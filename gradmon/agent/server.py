@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +33,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gradmon import __version__
 from gradmon.agent.api import list_runs, run_since
-from gradmon.agent.exporter import Exporter
+from gradmon.agent.exporter import Exporter, Readings
+from gradmon.agent.gpus import GpuSampler
 from gradmon.agent.launch import AgentLock, wait_for_agent
 from gradmon.agent.prune import living_ranks, prune
 from gradmon.agent.store import Store
@@ -116,11 +117,16 @@ class _Agent:
         self._socket = sock
         self._linger_seconds = linger_seconds
         self._store = Store(directory)
+        self._gpus = GpuSampler(self._store.errors)
         self._ending = threading.Event()
         self._facts = _facts(sock, listen)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                make_app(self._store, loopback=ipaddress.ip_address(sock.getsockname()[0]).is_loopback),
+                make_app(
+                    self._store,
+                    loopback=ipaddress.ip_address(sock.getsockname()[0]).is_loopback,
+                    gpus=self._gpus.newest,
+                ),
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -139,8 +145,10 @@ class _Agent:
         logger.info("serving %s at %s", self._directory, self._facts["url"])
         reader = threading.Thread(target=self._read, name="gradmon-reader", daemon=True)
         reader.start()
+        self._gpus.start()
         self._server.run(sockets=[self._socket])
         self._ending.set()
+        self._gpus.stop()
         reader.join(1.0)
         logger.info("ended")
         return 0
@@ -204,9 +212,9 @@ def _facts(sock: socket.socket, listen: str) -> dict[str, Any]:
     }
 
 
-def make_app(store: Store, *, loopback: bool) -> Starlette:
-    """The web application over a store that somebody else refreshes."""
-    exporter = Exporter(store)
+def make_app(store: Store, *, loopback: bool, gpus: Callable[[], Readings] = dict) -> Starlette:
+    """The web application over a store that somebody else refreshes; `gpus` says what the node's GPUs do now."""
+    exporter = Exporter(store, gpus)
 
     def metrics(request: Request) -> Response:
         body, content_type = exporter.render(request.headers.get("accept", ""))

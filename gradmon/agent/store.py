@@ -27,7 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gradmon.journal import CounterKey, JournalVersionError, JournalView, RankState, count_step, is_held, read_journal
+from gradmon.agent.layer_gauges import LayerGauges
+from gradmon.journal import CounterKey, JournalVersionError, JournalView, RankState, count_step, read_journal
+from gradmon.locks import is_held
 from gradmon.record import Event, RankIdentity, StepRecord, finite
 
 logger = logging.getLogger("gradmon.agent")
@@ -55,7 +57,7 @@ RETRY_SECONDS = 30.0
 #: A journal just being created has no tables yet; for this long that is no error.
 CREATION_SECONDS = 5.0
 #: Parts that may fail, born at 0 each: a counter first seen above 0 fires no alert.
-ERROR_PARTS = ("exporter", "journal", "journal_version", "prune", "store")
+ERROR_PARTS = ("exporter", "journal", "journal_version", "nvml", "prune", "store")
 
 _JOURNAL_NAME = re.compile(r"rank-(\d{5,})\.db")
 _NOTHING_NEW = 1 << 62
@@ -157,8 +159,10 @@ class Journal:
         self.rank = rank
         self.attempt = attempt
         self.view: JournalView | None = None
-        """The newest look at it, without its steps and events."""
-        self._step = self._event = 0
+        """The newest look at it, without its steps, events and details."""
+        self.layers: LayerGauges | None = None
+        """None until the first detail."""
+        self._step = self._event = self._detail = 0
         self._complete = False
         self._signature: tuple[int, ...] = ()
         self._found = time.monotonic()
@@ -183,7 +187,7 @@ class Journal:
         # The rank may have committed between our look at the rows and our look at its lock: a crash is read twice.
         newly_crashed = view.state == "crashed" and (self.view is None or self.view.state != "crashed")
         self._complete = (follow or self._complete) and not newly_crashed
-        self.view = dataclasses.replace(view, steps=[], events=[])
+        self.view = dataclasses.replace(view, steps=[], events=[], details=[])
         return view
 
     def _due(self, changed: bool, follow: bool) -> bool:
@@ -194,14 +198,34 @@ class Journal:
 
     def _read(self, follow: bool) -> JournalView:
         if not follow:
-            return read_journal(self.path, after_step=_NOTHING_NEW, after_event=_NOTHING_NEW)
-        view = read_journal(self.path, after_step=self._step, after_event=self._event)
+            nothing = dict.fromkeys(("after_step", "after_event", "after_detail"), _NOTHING_NEW)
+            return read_journal(self.path, **nothing)
+        if self.rank != 0:
+            self._detail = _NOTHING_NEW  # the global gradients are equal on all ranks: one tells of their layers
+        view = read_journal(self.path, after_step=self._step, after_event=self._event, after_detail=self._detail)
         if self.view is not None and view.identity.started_seconds != self.view.identity.started_seconds:
             view = read_journal(self.path)  # a new file under the old name
-            self._step = self._event = 0
+            self._step = self._event = self._detail = 0
+            self.layers = None
         self._step = max((i for i, _ in view.steps[-1:]), default=self._step)
         self._event = max((i for i, _ in view.events[-1:]), default=self._event)
+        self._detail = max((i for i, _ in view.details[-1:]), default=self._detail)
         return view
+
+    def show_layers(self, view: JournalView, errors: Counter[str]) -> None:
+        """Take in the new details. What is wrong with them costs the values per layer and nothing else."""
+        try:
+            for _, detail in view.details:
+                self.layers = self.layers or LayerGauges(view)
+                self.layers.feed(detail)
+        except Exception as error:
+            errors["journal"] += 1
+            self._log(error)
+
+    def _log(self, error: Exception) -> None:
+        if not self._logged:
+            self._logged = True
+            logger.warning("can't read %s: %s: %s", self.path, type(error).__name__, error)
 
     def _young(self) -> bool:
         return time.monotonic() - self._found < CREATION_SECONDS and is_held(self.path.with_suffix(".lock"))
@@ -212,9 +236,7 @@ class Journal:
         self._failures += 1
         self._retry_at = time.monotonic() + min(RETRY_SECONDS, 0.25 * 2**self._failures)
         errors["journal_version" if isinstance(error, JournalVersionError) else "journal"] += 1
-        if not self._logged:
-            self._logged = True
-            logger.warning("can't read %s: %s: %s", self.path, type(error).__name__, error)
+        self._log(error)
         if self.view is not None and self.view.state in LIVING and not is_held(self.path.with_suffix(".lock")):
             self.view = dataclasses.replace(self.view, state="crashed")
 
@@ -236,6 +258,11 @@ class Rank:
     def view(self) -> JournalView:
         """Its newest journal that could be read."""
         return [j.view for _, j in sorted(self.journals.items()) if j.view is not None][-1]
+
+    @property
+    def layers(self) -> LayerGauges | None:
+        """Values per layer from that journal; only rank 0 has them."""
+        return [j for _, j in sorted(self.journals.items()) if j.view is not None][-1].layers
 
     @property
     def last_seen_seconds(self) -> float:
@@ -407,6 +434,7 @@ class Store:
                 continue
             with self.lock:
                 instance.ranks[journal.rank].feed(journal.attempt, view, self.sequence)
+                journal.show_layers(view, self.errors)
                 for _, event in view.events:
                     instance.tell(journal.attempt, event, self.sequence)
 

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 from gradmon.agent.launch import wait_for_agent
 from gradmon.journal import JournalWriter, journal_path
-from gradmon.record import Event, RankIdentity, StepRecord
+from gradmon.record import DETAIL_COLUMNS, Detail, Event, RankIdentity, StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,9 +90,33 @@ def event(of: StepRecord, message: str = "") -> Event:
     return Event(of.step, of.wall_seconds, of.reason, of.action, of.applied, of.culprit_rank, of.parameter, said)
 
 
+def row(norm: float = 1.0, **changes: float) -> list[float]:
+    """Statistics of a parameter of 8 elements, as a row of a `Detail`; all but what is named is made up."""
+    facts = {
+        "sum_of_squares": norm**2,
+        "nan_count": 0.0,
+        "inf_count": 0.0,
+        "zero_count": 2.0,
+        "abs_max": norm / 2,
+        "minimum": -norm / 2,
+        "maximum": norm / 3,
+        "update_ratio": 1e-3,
+    }
+    return [(facts | changes)[name] for name in DETAIL_COLUMNS]
+
+
+#: A parameter without a gradient.
+NO_GRADIENT = [math.nan] * len(DETAIL_COLUMNS)
+
+
+def detail(step: int, *rows: list[float]) -> Detail:
+    return Detail(step, "global", array("d", [value for one in rows for value in one]).tobytes())
+
+
 class _Landed:
-    def __init__(self, record: StepRecord, events: list[Event]) -> None:
+    def __init__(self, record: StepRecord, events: list[Event], details: Sequence[Detail] = ()) -> None:
         self._answer = record, events
+        self._details = details
 
     def landed(self) -> bool:
         return True
@@ -98,17 +124,31 @@ class _Landed:
     def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
         return self._answer
 
+    def details(self) -> list[Detail]:
+        return list(self._details)
+
 
 class FakeRank:
     """A living rank: holds its journal's lock until `end`, as the training process does."""
 
-    def __init__(self, directory: Path, who: RankIdentity, sample=None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        who: RankIdentity,
+        sample=None,
+        *,
+        parameters: Sequence[str] = ("w",),
+        elements: Sequence[int] | None = None,
+        metrics: dict[str, object] | None = None,
+    ) -> None:
         self.identity = who
+        self.parameters = list(parameters)
         self.writer = JournalWriter(
             journal_path(directory, who),
             who,
-            parameters=["w"],
-            config={},
+            parameters=self.parameters,
+            elements=[8] * len(self.parameters) if elements is None else elements,
+            config={} if metrics is None else {"metrics": metrics},
             sample=lambda: sample if sample is not None else {"resident_memory_bytes": 300e6, "cpu_seconds": 12.5},
         )
         self.path = self.writer.path
@@ -117,6 +157,13 @@ class FakeRank:
         """Write steps, with an event for each that is not healthy."""
         for one in records:
             self.writer.put(_Landed(one, [event(one)] if tell and not one.healthy else []))
+        assert self.writer.flush(30)
+        return self
+
+    def detailed(self, *details: Detail) -> FakeRank:
+        """Write healthy steps with their details."""
+        for one in details:
+            self.writer.put(_Landed(record(one.step), [], [one]))
         assert self.writer.flush(30)
         return self
 
@@ -192,6 +239,7 @@ def simulate(ranks: list[FakeRank], first: int, last: int, seed: int = 7, step_s
             "grad_norm_applied": norm,
             "grad_norm_limit": 4 * median if step > 8 else None,
             "learning_rate_scale": scale,
+            **_FULL,
         }
         kind = {150: "nonfinite", 230: "spike", 231: "spike"}.get(step, "healthy")
         if kind == "spike":
@@ -217,9 +265,28 @@ def simulate(ranks: list[FakeRank], first: int, last: int, seed: int = 7, step_s
             else:
                 one = record(step, **shared, **own)
             if step >= first:
-                rank.writer.put(_Landed(one, _told(one)))
+                full = [detail(step, *(row(norm) for _ in rank.parameters))] if step % 10 == 0 else []
+                rank.writer.put(_Landed(one, _told(one), full))
     for rank in ranks:
         assert rank.writer.flush(30)
+
+
+#: What a step with full statistics has beside the norms.
+_FULL = {
+    "grad_abs_max": 0.5,
+    "grad_min": -0.5,
+    "grad_max": 0.4,
+    "zero_count": 16,
+    "element_count": 64,
+    "local_grad_norm_rms": 1.4,
+    "local_grad_norm_max": 1.6,
+    "healthy_ranks": 2,
+    "mean_loss": 2.0,
+    "max_loss": 2.5,
+    "loss_scale": 65536.0,
+    "noise_scale_ratio": 1.5,
+    "update_ratio": 1e-3,
+}
 
 
 def _norm(step: int, rng: random.Random) -> float:

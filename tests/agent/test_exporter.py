@@ -14,16 +14,43 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from gradmon.agent import exporter as exporter_module
 from gradmon.agent.exporter import Exporter
 from gradmon.agent.store import Store
-from gradmon.record import METRICS, METRICS_BY_NAME
+from gradmon.metrics import METRICS, METRICS_BY_NAME
 
 GPU = {
     "resident_memory_bytes": 3e8,
     "cpu_seconds": 12.5,
+    "threads": 40.0,
+    "open_fds": 100.0,
+    "read_bytes": 5e9,
+    "written_bytes": 6e9,
     "host_memory_available_bytes": 8e9,
+    "host_memory_capacity_bytes": 16e9,
+    "host_swap_used_bytes": 1e6,
+    "host_load_average": 7.5,
+    "host_cpus": 96.0,
     "gpu_memory_allocated_bytes": 1e9,
     "gpu_memory_reserved_bytes": 2e9,
     "gpu_memory_peak_allocated_bytes": 3e9,
+    "gpu_memory_peak_reserved_bytes": 4e9,
+    "gpu_memory_inactive_split_bytes": 5e8,
+    "gpu_memory_capacity_bytes": 8e10,
     "gpu_allocator_retries": 0.0,
+    "gpu_allocator_ooms": 0.0,
+}
+#: What the driver says of the GPU of rank r of "gpt".
+DRIVER = {
+    f"GPU-{r}": [
+        ("gradmon_gpu_device_memory_used_bytes", (), 3e9),
+        ("gradmon_gpu_device_memory_capacity_bytes", (), 8e10),
+        ("gradmon_gpu_utilisation_ratio", (), 0.97),
+        ("gradmon_gpu_power_watts", (), 650.0 + r),
+        ("gradmon_gpu_temperature_celsius", (), 61.0),
+        ("gradmon_gpu_throttled", ("sw_power_cap",), 1.0),
+        ("gradmon_gpu_throttled", ("hw_slowdown",), 0.0),
+        ("gradmon_gpu_ecc_errors_total", ("corrected",), 3.0),
+        ("gradmon_gpu_nvlink_errors_total", ("replay",), 7.0),
+    ]
+    for r in range(2)
 }
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -31,7 +58,7 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 def exposition(directory, accept: str = "") -> str:
     store = Store(directory)
     store.refresh()
-    return Exporter(store).render(accept)[0].decode()
+    return Exporter(store, lambda: DRIVER).render(accept)[0].decode()
 
 
 def samples(text: str) -> dict[tuple[str, frozenset], float]:
@@ -52,7 +79,8 @@ def value(text: str, name: str, **labels: str) -> float | None:
 @pytest.fixture
 def directory(tmp_path):
     """Two ranks on a GPU, 400 steps with a NaN, a spike and a back-off, and a script of one rank on a CPU."""
-    ranks = [FakeRank(tmp_path, identity(run="gpt", rank=r, world_size=2, device="H100"), GPU) for r in range(2)]
+    gpt = {"run": "gpt", "world_size": 2, "device": "H100"}
+    ranks = [FakeRank(tmp_path, identity(rank=r, gpu_uuid=f"GPU-{r}", **gpt), GPU) for r in range(2)]
     ranks.append(FakeRank(tmp_path, identity(run="cpu")))
     simulate(ranks[:2], 1, 400)
     ranks[0].writer.count("gradmon_errors_total", ("hooks",))
@@ -90,11 +118,11 @@ def test_every_metric_is_exported_with_its_own_labels(directory):
 
 def test_what_a_cpu_has_not_is_absent(directory):
     text = exposition(directory)
-    gpu = [name for name in METRICS_BY_NAME if name.startswith("gradmon_gpu_")]
-    assert len(gpu) == 4
-    for name in gpu:
-        assert value(text, name, run="gpt", rank="1") is not None
-        assert value(text, name, run="cpu", rank="0") is None
+    gpu = {name for name in METRICS_BY_NAME if name.startswith("gradmon_gpu_")}
+    assert len(gpu) == 16
+    ranks = [(name, dict(labels)["run"], dict(labels)["rank"]) for name, labels in samples(text) if name in gpu]
+    assert {name for name, run, rank in ranks if (run, rank) == ("gpt", "1")} == gpu
+    assert [name for name, run, _ in ranks if run == "cpu"] == []
 
 
 def test_values(directory):
@@ -273,3 +301,16 @@ def test_a_counter_of_a_newer_writer_is_left_out(tmp_path):
     rank.end()
     assert "future" not in text
     assert value(text, "gradmon_steps_total", run="demo", rank="0") == 1
+
+
+def test_gpus_that_fail_are_left_out_and_counted(directory, caplog):
+    def failing():
+        raise RuntimeError("broken on purpose")
+
+    store = Store(directory)
+    store.refresh()
+    text = Exporter(store, failing).render("")[0].decode()
+    assert value(text, "gradmon_agent_errors_total", part="exporter") == 1
+    assert value(text, "gradmon_gpu_power_watts", run="gpt", rank="1") is None
+    assert value(text, "gradmon_gpu_memory_allocated_bytes", run="gpt", rank="1") == 1e9
+    assert "broken on purpose" in caplog.text

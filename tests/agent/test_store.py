@@ -69,7 +69,7 @@ def test_only_new_steps_are_read_again(tmp_path, rank, monkeypatch):
     monkeypatch.setattr(store_module, "read_journal", watched)
     one.step(record(6))
     store.refresh()
-    assert read == [{"after_step": 5, "after_event": 0}]
+    assert read == [{"after_step": 5, "after_event": 0, "after_detail": 0}]
     assert store.find("demo").ranks()[0].history.recent("step", 9) == [1, 2, 3, 4, 5, 6]
 
 

@@ -24,6 +24,14 @@ from gradmon.config import BackoffConfig, ClipConfig, Config, ConfigError, descr
         ({"agent": {"port": 70000}}, r"agent.port must be at least 0 and at most 65535 \(got 70000\)"),
         ({"agent": {"port": True}}, r"agent.port must be a whole number \(got True\)"),
         ({"run": 7}, r"run must be a text \(got 7\)"),
+        ({"metrics": {"level": "all"}}, r"metrics.level must be one of core \| layers \| params \(got 'all'\)"),
+        ({"metrics": {"series_budget": 3}}, r"metrics.series_budget must be at least 10 \(got 3\)"),
+        ({"metrics": {"layers": 3}}, r"metrics.layers must be a text \(got 3\)"),
+        (
+            {"metrics": {"layers": r"blocks.(\d+"}},
+            r"metrics.layers must be a regular expression \(got 'blocks.\(\\\\d\+': missing \), unterminated.*"
+            r"write \\\. .* or null for the built-in rule \[from argument\]",
+        ),
     ],
 )
 def test_bad_settings_are_named_with_value_and_cure(settings: dict, complaint: str) -> None:

@@ -18,7 +18,7 @@ from gradmon.identity import (
     rank_environment,
     run_name,
 )
-from gradmon.journal import _drop_lock, _hold_lock
+from gradmon.locks import drop_lock, hold_lock
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "2"}
 
@@ -80,10 +80,10 @@ def test_a_second_living_instance_gets_another_name(tmp_path: Path) -> None:
     assert claim_run(tmp_path, "job", "one") == "job"
     lock = tmp_path / "job" / "one" / "0" / "rank-00000.lock"
     lock.parent.mkdir(parents=True)
-    held = _hold_lock(lock)
+    held = hold_lock(lock)
     assert claim_run(tmp_path, "job", "two") == "job~2"
     assert claim_run(tmp_path, "job", "one") == "job", "a restart keeps its name"
-    _drop_lock(held)
+    drop_lock(held)
     assert claim_run(tmp_path, "job", "two") == "job~2", "also when the other has ended meanwhile"
     assert claim_run(tmp_path, "job", "three") == "job", "a later one may have the name again"
 

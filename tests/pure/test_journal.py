@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -7,14 +8,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from gradmon.journal import JournalVersionError, JournalWriter, is_held, journal_path, read_journal
-from gradmon.record import Event, RankIdentity, StepRecord
+from gradmon.journal import JournalVersionError, JournalWriter, journal_path, read_journal
+from gradmon.locks import is_held
+from gradmon.record import DETAIL_COLUMNS, Detail, Event, RankIdentity, StepRecord
 
 
 def identity(rank: int = 0) -> RankIdentity:
@@ -36,8 +39,8 @@ def record(step: int, **changes: Any) -> StepRecord:
 class Landed:
     """A step that is on the host already, or comes when `ready` says so."""
 
-    def __init__(self, made: StepRecord, ready: Callable[[], bool] = lambda: True) -> None:
-        self._made, self._ready = made, ready
+    def __init__(self, made: StepRecord, *details: Detail, ready: Callable[[], bool] = lambda: True) -> None:
+        self._made, self._details, self._ready = made, details, ready
 
     def landed(self) -> bool:
         return self._ready()
@@ -45,15 +48,22 @@ class Landed:
     def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
         return self._made, []
 
+    def details(self) -> list[Detail]:
+        return list(self._details)
+
+
+def detail(step: int, parameters: int = 1, place: Literal["global", "local"] = "global") -> Detail:
+    """Whose first row can be told from any other step's."""
+    row = [float(step), 0.0, 0.0, math.nan, 1.0, -1.0, 1.0, math.inf]
+    return Detail(step, place, array("d", row * parameters).tobytes())
+
 
 def writer(directory: Path, rank: int = 0, **options: Any) -> JournalWriter:
     return JournalWriter(
         journal_path(directory, identity(rank)),
         identity(rank),
-        parameters=["w"],
-        config={},
         sample=lambda: {"resident_memory_bytes": 5.0},
-        **options,
+        **{"parameters": ["w"], "config": {}, **options},
     )
 
 
@@ -87,7 +97,7 @@ def test_a_finished_journal_needs_no_file_beside_it(tmp_path: Path) -> None:
     with sqlite3.connect(f"file:{journal.path}?mode=ro&immutable=1", uri=True) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     view = read_journal(journal.path)
-    assert (view.state, view.detail) == ("exception", "ValueError: x")
+    assert (view.state, view.end_detail) == ("exception", "ValueError: x")
     journal.close("finished")
     assert read_journal(journal.path).state == "exception", "the first word is the last"
 
@@ -148,6 +158,201 @@ def test_the_file_is_bounded(tmp_path: Path) -> None:
     assert view.counters["gradmon_steps_total", ()] == 15_000, "but still counted"
     journal.close("finished")
     assert journal.path.stat().st_size < 1.5 * (1 << 20)
+
+
+def pages(journal: JournalWriter) -> int:
+    return int(journal._connection.execute("PRAGMA page_count").fetchone()[0])
+
+
+def kept(journal: JournalWriter, table: str) -> tuple[int, int, int]:
+    """Number, first and last step of what a table holds."""
+    query = f"SELECT count(*), min(step), max(step) FROM {table}"
+    with sqlite3.connect(f"file:{journal.path}?mode=ro", uri=True) as connection:
+        count, first, last = connection.execute(query).fetchone()
+    connection.close()
+    return count, first, last
+
+
+def test_details_are_read_as_they_were_written(tmp_path: Path) -> None:
+    names = ["a.weight", "a.bias"]
+    journal = writer(tmp_path, parameters=names, elements=[6, 2], config={"metrics": {"level": "params"}})
+    assert read_journal(journal.path).detail is None
+    journal.put(Landed(record(1), detail(1, 2), detail(1, 2, "local")))
+    journal.put(Landed(record(2)))
+    journal.put(Landed(record(3), detail(3, 2)))
+    journal.put(Landed(record(4), detail(4, 2, "local")))
+    assert journal.flush()
+    view = read_journal(journal.path)
+    assert [made for _, made in view.details] == [detail(1, 2), detail(3, 2)], "the global ones, with their NaN and Inf"
+    assert view.detail == detail(3, 2)
+    assert (view.parameter_names, view.elements, view.parameters) == (names, [6, 2], 2)
+    assert view.config == {"metrics": {"level": "params"}}
+    seen = view.details[-1][0]
+    again = read_journal(journal.path, after_detail=seen)
+    assert (again.detail, again.details) == (None, []), "one that was seen is not read again"
+    journal.put(Landed(record(5), detail(5, 2)))
+    assert journal.flush()
+    assert read_journal(journal.path, after_detail=seen).detail == detail(5, 2)
+    assert kept(journal, "details") == (5, 1, 5), "the local ones are there for a post-mortem"
+    journal.close("finished")
+
+
+def test_of_many_new_details_the_newest_are_read(tmp_path: Path) -> None:
+    journal = writer(tmp_path)
+    for step in range(1, 101):
+        journal.put(Landed(record(step), detail(step)))
+    assert journal.flush()
+    steps = [made.step for _, made in read_journal(journal.path).details]
+    assert 1 < len(steps) < 50
+    assert steps == list(range(101 - len(steps), 101))
+    journal.close("finished")
+
+
+def test_failing_details_cost_the_details_only(tmp_path: Path) -> None:
+    class Failing(Landed):
+        def details(self) -> list[Detail]:
+            raise RuntimeError("no statistics")
+
+    errors: list[tuple[str, str]] = []
+    journal = writer(tmp_path, on_error=lambda part, error: errors.append((part, str(error))))
+    journal.put(Landed(record(1), detail(1)))
+    journal.put(Failing(record(2)))
+    journal.put(Landed(record(3), detail(3)))
+    assert journal.flush()
+    view = read_journal(journal.path)
+    assert [made.step for _, made in view.steps] == [1, 2, 3]
+    assert [made.step for _, made in view.details] == [1, 3]
+    assert errors == [("journal", "no statistics")]
+    assert view.counters["gradmon_errors_total", ("journal",)] == 1
+    assert view.counters["gradmon_steps_total", ()] == 3
+    journal.close("finished")
+
+
+def test_details_pour_in_and_the_file_stays_below_its_limit(tmp_path: Path) -> None:
+    """2,000 parameters every 10 steps: 15 times what the file may hold, and no step has to go for them."""
+    limit = 4 << 20
+    journal = writer(tmp_path, max_bytes=limit)
+    assert len(detail(1, 2000).values) == 2000 * 8 * len(DETAIL_COLUMNS)
+    for step in range(1, 5001):
+        journal.put(Landed(record(step), *([detail(step, 2000)] if step % 10 == 0 else [])))
+        if step % 50 == 0:
+            assert journal.flush()
+            assert pages(journal) * 4096 <= limit
+    assert kept(journal, "steps") == (5000, 1, 5000)
+    count, first, last = kept(journal, "details")
+    assert 12 <= count <= 16
+    assert (first, last) == (5000 - 10 * (count - 1), 5000), "the oldest are forgotten"
+    journal.close("finished")
+    assert journal.path.stat().st_size <= limit
+
+
+@pytest.mark.parametrize("parameters", [1, 40, 65, 2000, 16_000])
+def test_details_that_come_with_every_step_take_half_of_the_file_at_most(tmp_path: Path, parameters: int) -> None:
+    limit = 2 << 20
+    journal = writer(tmp_path, max_bytes=limit)
+    for step in range(1, 10_001):
+        journal.put(Landed(record(step, parameter="p" * 100)))
+        if step % 2000 == 0:
+            assert journal.flush()
+    before, first, _ = kept(journal, "steps")
+    assert first > 1, "the file is full of steps"
+    end = 10_000 + min(1000, 400_000 // parameters)
+    for step in range(10_001, end + 1):
+        journal.put(Landed(record(step), detail(step, parameters), detail(step, parameters, "local")))
+        if step % 5 == 0:
+            assert journal.flush()
+            assert pages(journal) * 4096 <= limit
+    count, _, last = kept(journal, "details")
+    assert last == end
+    assert 0 < count * len(detail(1, parameters).values) <= limit / 2
+    assert kept(journal, "steps")[0] > before / 4, "steps survive in the other half"
+    journal.close("finished")
+
+
+def test_a_burst_of_details_does_not_swell_the_log(tmp_path: Path) -> None:
+    """A writer that was behind gets hundreds of them at once: in one transaction the log would hold them all."""
+    journal = writer(tmp_path)
+    blocked = [True]
+    journal.put(Landed(record(1), ready=lambda: not blocked))
+    for step in range(2, 300):
+        journal.put(Landed(record(step), detail(step, 2000)))
+    blocked.clear()
+    assert journal.flush(30)
+    assert kept(journal, "details")[0] >= 200
+    log = journal.path.with_name(journal.path.name + "-wal")
+    assert 0 < log.stat().st_size < 12 << 20
+    journal.close("finished")
+
+
+def test_details_too_large_for_the_file_are_an_error_with_a_cure(tmp_path: Path) -> None:
+    errors: list[str] = []
+    journal = writer(tmp_path, max_bytes=1 << 20, on_error=lambda _part, error: errors.append(str(error)))
+    journal.put(Landed(record(1), detail(1, 9000)))
+    journal.put(Landed(record(2), detail(2, 8000)))
+    assert journal.flush()
+    assert len(errors) == 1
+    assert "(576000 bytes) would fill more than half of the journal (1048576 bytes): raise journal_mib" in errors[0]
+    view = read_journal(journal.path)
+    assert [made.step for _, made in view.steps] == [1, 2]
+    assert [made.step for _, made in view.details] == [2]
+    journal.put(Landed(record(3), detail(3, 8000)))
+    assert journal.flush()
+    seen = view.details[-1][0]
+    assert [made.step for _, made in read_journal(journal.path, after_detail=seen).details] == [3], "no id comes twice"
+    journal.close("finished")
+
+
+#: The format of gradmon 0.1.0's first journals, written by hand.
+VERSION_1 = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE steps (id INTEGER PRIMARY KEY, step, wall_seconds, step_seconds, grad_norm, grad_norm_applied,
+    grad_norm_limit, local_grad_norm, nan_count, inf_count, local_nan_count, local_inf_count, action, reason, applied,
+    culprit_rank, parameter, learning_rate, learning_rate_scale, loss, memory_bytes);
+CREATE TABLE events (id INTEGER PRIMARY KEY, step, wall_seconds, kind, action, applied, rank, parameter, message);
+CREATE TABLE counters (name TEXT, labels TEXT, value REAL NOT NULL, PRIMARY KEY (name, labels)) WITHOUT ROWID;
+CREATE TABLE state (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+PRAGMA user_version = 1;
+INSERT INTO steps VALUES (7, 3, 1.5, 0.25, 'nan', 0.0, 4.0, 'nan', 5, 0, 5, 0, 'skip', 'nonfinite', 1,
+    0, 'w', 0.001, 1.0, 2.5, 1024);
+INSERT INTO steps VALUES (8, 4, 1.75, 0.25, 2.0, 2.0, NULL, NULL, 0, 0, 0, 0, 'none', 'healthy', 0,
+    NULL, NULL, 0.001, 1.0, NULL, NULL);
+INSERT INTO events VALUES (1, 3, 1.5, 'nonfinite', 'skip', 1, 0, 'w', 'skipped');
+INSERT INTO counters VALUES ('gradmon_steps_total', '[]', 4.0);
+INSERT INTO state VALUES ('start_monotonic', 1.0), ('beat_monotonic', 1.0), ('beat_seconds', 9.0), ('end', 'finished'),
+    ('sample:cpu_seconds', 3.0);
+"""
+VERSION_1_META = {
+    "run": "old", "instance": "one", "attempt": 0, "rank": 0, "local_rank": 0, "world_size": 1, "host": "h", "pid": 1,
+    "device": "cpu", "mode": "guard", "topology": "single", "script": "train.py", "version": "0.1.0",
+    "started_seconds": 1.0, "parameters": ["w", "b"], "config": {"mode": "guard"},
+}  # fmt: skip
+
+
+def test_a_journal_of_version_1_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(VERSION_1)
+        connection.executemany(
+            "INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in VERSION_1_META.items()]
+        )
+    connection.close()
+    view = read_journal(path)
+    (first_id, first), (second_id, second) = view.steps
+    assert (first_id, second_id) == (7, 8)
+    assert math.isnan(first.grad_norm)
+    assert (first.step, first.action, first.applied, first.loss, first.memory_bytes) == (3, "skip", True, 2.5, 1024)
+    assert second == StepRecord(
+        step=4, wall_seconds=1.75, step_seconds=0.25, grad_norm=2.0, grad_norm_applied=2.0, grad_norm_limit=None,
+        local_grad_norm=None, nan_count=0, inf_count=0, local_nan_count=0, local_inf_count=0, action="none",
+        reason="healthy", applied=False, culprit_rank=None, parameter=None, learning_rate=0.001,
+        learning_rate_scale=1.0,
+    )  # fmt: skip
+    assert (second.grad_abs_max, second.micro_step, second.update_ratio) == (None, None, None)
+    assert view.events == [(1, Event(3, 1.5, "nonfinite", "skip", True, 0, "w", "skipped"))]
+    assert (view.details, view.detail, view.elements, view.parameter_names) == ([], None, [], ["w", "b"])
+    assert (view.identity.run, view.state, view.config) == ("old", "finished", {"mode": "guard"})
+    assert (view.counters, view.samples) == ({("gradmon_steps_total", ()): 4.0}, {"cpu_seconds": 3.0})
+    assert [made.step for _, made in read_journal(path, after_step=7, after_event=1).steps] == [4]
 
 
 def test_a_full_disk_is_counted_and_survived(tmp_path: Path) -> None:

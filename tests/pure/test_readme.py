@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from gradmon.config import Config, load
-from gradmon.record import METRICS
+from gradmon.metrics import METRICS
 
 README = Path(__file__).parent.parent.parent / "README.md"
 

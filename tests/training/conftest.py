@@ -23,6 +23,13 @@ def three_ranks() -> Iterator[Ranks]:
     ranks.stop()
 
 
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where journals go; nothing is started, nothing inherited."""

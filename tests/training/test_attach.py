@@ -123,7 +123,7 @@ def test_exceptions_are_the_scripts_own(directory: Path) -> None:
     with pytest.raises(KeyError, match="mine"):
         script()
     view = read_journal(monitor.journal_path)
-    assert (view.state, view.detail, len(view.steps)) == ("exception", "KeyError: 'mine'", 3)
+    assert (view.state, view.end_detail, len(view.steps)) == ("exception", "KeyError: 'mine'", 3)
     assert not optimizer._optimizer_step_pre_hooks
 
 

@@ -340,21 +340,21 @@ def test_a_hook_of_the_users_own_means_watching_only(two_ranks: Ranks, tmp_path:
 
 def gradmon_fails(directory: str) -> tuple[list[bool], list[torch.Tensor], dict[Any, float]]:
     """gradmon itself breaks on rank 1 at step 10; a NaN comes at step 15."""
-    from gradmon import monitor
+    from gradmon.measuring import Measurer
 
     calls = iter(range(1, 1000))
-    original = monitor.Monitor._stats
+    original = Measurer.measure
 
-    def failing(self: Any) -> Any:
+    def failing(self: Any, **kwargs: Any) -> Any:
         if next(calls) == 10 and toy.rank() == 1:
             raise RuntimeError("made up")
-        return original(self)
+        return original(self, **kwargs)
 
-    monitor.Monitor._stats = failing
+    Measurer.measure = failing
     try:
         outcome = toy.train(Job(directory, steps=20, nan=((0, 15),)))
     finally:
-        monitor.Monitor._stats = original
+        Measurer.measure = original
     return [r.applied for _, r in outcome.journal.steps], outcome.parameters, outcome.journal.counters
 
 

@@ -230,7 +230,7 @@ def test_restart_goes_on_as_one_run(node: Node) -> None:
     assert len({path.parent.parent for path in paths}) == 1
     first, second = map(read_journal, paths)
     assert (first.state, second.state) == ("exception", "finished")
-    assert first.detail == "RuntimeError: as planned"
+    assert first.end_detail == "RuntimeError: as planned"
     done = first.counters["gradmon_steps_total", ()] + second.counters["gradmon_steps_total", ()]
     assert done == 50
     until(lambda: node.value("gradmon_steps_total", run="script", rank="1") == done)

@@ -1,0 +1,437 @@
+"""What a step's gradients are, before any clip: one process, DDP, FSDP2 and tensor parallelism behind one face.
+
+    measure()   reads the gradients that are there; no communication, so it may be called wherever the script clips
+    share()     at step time, where every rank comes: makes the numbers those of all ranks
+
+Under DDP the rows of all ranks have come with the last bucket already, and `share` has nothing to do (unless devices
+or thread counts differ). Beside a communication hook of the script's, and where each rank holds a part of the
+parameters, it is one packed all-reduce.
+
+Legend: P watched parameters, Q of them with a gradient, K statistics, W ranks, R columns of a rank's row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradmon import stats
+from gradmon.backward import BackwardWatch
+from gradmon.config import MeasureConfig
+from gradmon.local import RegistrationWatch
+from gradmon.rows import (
+    ROW,
+    ROW_ERRORS,
+    ROW_LEFT,
+    ROW_LOSS,
+    ROW_LOSSES,
+    ROW_MICRO_STEP,
+    ROW_NORM,
+    ROW_PARAMETER,
+    ROW_SUM_OF_SQUARES,
+    rank_row,
+    whole,
+)
+from gradmon.sharding import ShardedBackward
+from gradmon.topology import Topology, Watched
+
+
+@dataclass(slots=True)
+class Measured:
+    """Gradients as the optimizer was to get them, before any clip; of this rank's parts until they are shared."""
+
+    stats_QK: Tensor
+    numbers: tuple[int, ...]
+    """Of the Q parameters, from 1."""
+    elements: int
+    """In all Q gradients; sharded ones count whole."""
+    norm: Tensor
+    """0-dim float64. Under sharding only `share` makes it right."""
+    rows: Tensor
+    """One row for each rank, or this rank's alone until they are shared."""
+    shared: bool
+    """True if `rows` is of all ranks."""
+    synced: bool
+    """False if the gradients were not averaged in this step (all backwards under `no_sync`)."""
+    full: bool
+    """True if the extremes of all gradients are there."""
+    backwards: int
+    """Backwards that made these gradients, as far as they were seen."""
+    synced_backwards: int
+    """Those of them that averaged; of several, the rows are no samples of one noise."""
+    local: tuple[Tensor, tuple[int, ...]] | None
+    """stats_QK of this rank's own gradients before they were averaged, with numbers; None where not known."""
+
+
+class Measurer:
+    """Measures the watched parameters of one model.
+
+    Args:
+        watched: parameters and optimizers; parameters added to an optimizer later are added here.
+        topology: how gradients become global.
+        config: cadences.
+        agree: True if norms of all ranks must be made equal (devices or thread counts differ).
+        say: tells the user something once.
+        failed: told of a failure in backward.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        topology: Topology,
+        config: MeasureConfig,
+        *,
+        agree: bool,
+        say: Callable[[str], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self.watched = watched
+        self.errors = 0
+        """Failures of gradmon itself on this rank that all ranks must learn of."""
+        self.loss: Tensor | float | None = None
+        """The newest loss observed on this rank."""
+        self._topology = topology
+        self._config = config
+        self._agree = agree
+        self._say = say
+        self._failed = failed
+        self._set = set(watched.parameters)
+        self._held = self._count_held()
+        self._averaged = False
+        self._registrations = RegistrationWatch()
+        micro = config.micro_steps == "auto"
+        self._backwards = self._watch_backwards(micro)
+        self._sharded_backward: ShardedBackward | None = None
+        if topology.sharding is not None and topology.kind != "tensor_parallel":
+            self._sharded_backward = ShardedBackward(topology.model, watched.parameters, failed, micro=micro)
+
+    def _watch_backwards(self, micro: bool) -> BackwardWatch | None:
+        known, ddp = self._topology, self._topology.ddp
+        if known.taken and ddp is not None:
+            return BackwardWatch(
+                self.watched.parameters,
+                self._ended_beside_a_hook,
+                at_arrival=ddp.gradient_as_bucket_view,
+                on_error=self._failed,
+            )
+        if not micro or not known.acts or known.kind in ("fsdp2", "hsdp"):
+            return None
+        watch = BackwardWatch(self.watched.parameters, self._is_micro_step, at_arrival=False, on_error=self._failed)
+        if known.hook is not None:
+            known.hook.backwards = watch
+        return watch
+
+    def _is_micro_step(self) -> bool:
+        """True for a backward that is not the last of its step: the last one is measured anyway."""
+        ddp, watch = self._topology.ddp, self._backwards
+        if ddp is not None:
+            return not ddp.require_backward_grad_sync
+        return watch is not None and watch.count < watch.taken
+
+    def _ended_beside_a_hook(self) -> bool:
+        ddp = self._topology.ddp
+        self._averaged = ddp is not None and bool(ddp.require_backward_grad_sync)  # of the newest backward
+        return True
+
+    def start(self) -> None:
+        """Listen to backward from now on."""
+        hook = self._topology.hook
+        if hook is not None:
+            hook.start(self.watched.parameters, self._failed)
+            self._registrations.start(
+                lambda: self._say(
+                    "the script's own communication hook averages the gradients from here on; gradmon measures before "
+                    "it and adds one small all-reduce per step"
+                )
+            )
+        for watch in (self._backwards, self._sharded_backward):
+            if watch is not None:
+                watch.start()
+
+    def stop(self) -> None:
+        """Remove every hook; DDP's own becomes a pass-through."""
+        hook = self._topology.hook
+        if hook is not None:
+            self._registrations.stop()
+            hook.backwards = None
+            hook.stop()
+        for watch in (self._backwards, self._sharded_backward):
+            if watch is not None:
+                watch.stop()
+
+    def forget(self) -> None:
+        """The step is over: what backward left behind is no longer of the gradients to come."""
+        if self._topology.hook is not None:
+            self._topology.hook.forget()
+        for watch in (self._backwards, self._sharded_backward):
+            if watch is not None:
+                watch.forget()
+
+    def observe(self, loss: Tensor | float) -> None:
+        """The newest loss; it travels with this rank's next row."""
+        self.loss = loss
+        if self._topology.hook is not None:
+            self._topology.hook.loss = loss
+
+    def count_error(self) -> None:
+        """All ranks must learn that this one failed."""
+        self.errors += 1
+        if self._topology.hook is not None:
+            self._topology.hook.errors = self.errors
+
+    @property
+    def may_judge(self) -> bool:
+        """False inside `Join` where a rank that has run out of data would miss an all-reduce at step time."""
+        return not (self._topology.joining() and (self._agree or self._shares_at_step))
+
+    @property
+    def _shares_at_step(self) -> bool:
+        """True where rows travel at step time: sharded, or beside a hook of the script's."""
+        known = self._topology
+        return known.acts and (
+            known.sharding is not None or known.taken or (known.hook is not None and not known.hook.shares)
+        )
+
+    def gradients(self) -> list[Tensor]:
+        """Those that are there, in the model's order."""
+        return [p.grad for p in self.watched.parameters if p.grad is not None]
+
+    def measure(self, *, extremes: bool, zeros: bool, alarm: float) -> Measured:
+        """Read the gradients that are there now; no communication.
+
+        Args:
+            extremes: whether minimum, maximum and abs_max are wanted in any case.
+            zeros: the same for the number of zeros.
+            alarm: on CPU a norm above this, or one that is not finite, gets full statistics at once.
+        """
+        self._watch_new_parameters()
+        for watch in (self._backwards, self._sharded_backward):
+            if watch is not None:
+                watch.take()
+        present = [(p.grad, n) for n, p in enumerate(self.watched.parameters, start=1) if p.grad is not None]
+        numbers = tuple(n for _, n in present)
+        parts = self._parts([g for g, _ in present])
+        if not parts:
+            stats_QK = torch.zeros(0, len(stats.STATISTICS), dtype=torch.float64, device=self.watched.device)
+        else:
+            stats_QK = stats.measure(parts, extremes=extremes, zeros=zeros)
+        norm = stats.total_norm(stats_QK)
+        # On CPU a look at the norm is free. Parts of a whole can't tell whether the whole is too large.
+        looks = stats.reads_are_free(norm.device) and self._topology.sharding is None
+        if looks and not float(norm) <= alarm and parts:
+            stats_QK, extremes, zeros = stats.measure(parts), True, True
+        rows, shared = self._rows(stats_QK, numbers)
+        return Measured(
+            stats_QK,
+            numbers,
+            elements=sum(g.numel() for g, _ in present),
+            norm=norm,
+            rows=rows,
+            shared=shared,
+            synced=self._synced(),
+            full=extremes or norm.device.type == "cuda",
+            backwards=self._backwards_taken(),
+            synced_backwards=self._synced_backwards(),
+            local=self._local(),
+        )
+
+    def measure_left(self) -> Tensor:
+        """What the script's own clip has left: the norm, or under sharding this rank's share of its square."""
+        parts = self._parts(self.gradients())
+        if not parts:
+            return torch.zeros((), dtype=torch.float64, device=self.watched.device)
+        stats_QK = stats.measure(parts, extremes=False, zeros=False)
+        sharding = self._topology.sharding
+        if sharding is None:
+            return stats.total_norm(stats_QK)
+        numbers = tuple(n for n, p in enumerate(self.watched.parameters, start=1) if p.grad is not None)
+        return sharding.weighted(self._whole(stats_QK, numbers))
+
+    def share(self, measured: Measured, left: Tensor | None, *, extremes: bool) -> Tensor:
+        """Make `measured` that of all ranks. Every rank comes here in every step, in the same order.
+
+        Args:
+            measured: changed in place.
+            left: from `measure_left` if the script has clipped since; None if it has not.
+            extremes: whether global extremes are wanted from shards: one more all-reduce. Equal on all ranks.
+
+        Returns:
+            The norm of what the optimizer would use now, 0-dim.
+        """
+        sharding = self._topology.sharding
+        if sharding is not None and self._topology.acts:
+            full_PK = self._whole(measured.stats_QK, measured.numbers)
+            own = sharding.weighted(full_PK) if left is None else left
+            shared_PK, measured.rows, left_square = sharding.share(full_PK, measured.rows[0], own)
+            if extremes:
+                sharding.share_extremes(shared_PK)
+            measured.stats_QK, measured.numbers = shared_PK, tuple(range(1, len(shared_PK) + 1))
+            measured.norm, measured.shared, measured.full = stats.total_norm(shared_PK), True, extremes
+            return left_square.sqrt()
+        left = measured.norm if left is None else left
+        group = self._topology.group
+        if group is None or not measured.synced or not self.may_judge or not self._topology.acts:
+            return left
+        if self._shares_at_step:
+            rows_WR = torch.zeros(dist.get_world_size(group), len(ROW), dtype=torch.float64, device=left.device)
+            row = rows_WR[dist.get_rank(group)]
+            row.copy_(measured.rows[0])
+            row[ROW_NORM], row[ROW_LEFT] = _comparable(measured.norm), _comparable(left)
+            dist.all_reduce(rows_WR, group=group)
+            measured.rows, measured.shared = rows_WR, True
+            measured.norm, left = rows_WR[:, ROW_NORM].max(), rows_WR[:, ROW_LEFT].max()
+        elif self._agree:
+            both = _comparable(torch.stack((measured.norm, left)))
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+            measured.norm, left = both[0], both[1]
+        return left
+
+    def abstain(self) -> None:
+        """This rank can't measure; the others must not wait for it. They will see a step to be skipped."""
+        shape = (len(self.watched.parameters), len(stats.STATISTICS))
+        full_PK = torch.zeros(shape, dtype=torch.float64, device=self.watched.device)
+        full_PK[:, stats.SUM_OF_SQUARES] = math.inf
+        norm = stats.total_norm(full_PK)
+        row = torch.zeros(len(ROW), dtype=torch.float64, device=norm.device)
+        row[ROW_ERRORS] = self.errors + 1
+        numbers = tuple(range(1, len(full_PK) + 1))
+        broken = Measured(full_PK, numbers, 0, norm, row.unsqueeze(0), False, self._synced(), False, 0, 0, None)
+        self.share(broken, None, extremes=False)
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    def _parts(self, gradients: list[Tensor]) -> list[Tensor]:
+        sharding = self._topology.sharding
+        return gradients if sharding is None else sharding.settle(gradients)
+
+    def _whole(self, stats_QK: Tensor, numbers: tuple[int, ...]) -> Tensor:
+        """stats_PK with zeros where there is no gradient: the same shape on every rank."""
+        count = len(self.watched.parameters)
+        if numbers == tuple(range(1, count + 1)):
+            return stats_QK
+        full_PK = torch.zeros(count, len(stats.STATISTICS), dtype=torch.float64, device=stats_QK.device)
+        full_PK[:, stats.MINIMUM], full_PK[:, stats.MAXIMUM] = math.inf, -math.inf
+        if numbers:
+            full_PK.index_copy_(0, stats.numbers(tuple(n - 1 for n in numbers), stats_QK.device), stats_QK)
+        return full_PK
+
+    def _rows(self, stats_QK: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """Rows of all ranks if they are known already, else this rank's own."""
+        hook = self._topology.hook
+        found: Tensor | None = None
+        if hook is not None:
+            found = hook.take_rows()
+            if found is not None:
+                return found, hook.shares
+        elif self._topology.taken and self._backwards is not None:
+            found = self._backwards.row()
+            if found is not None:
+                found = self._put_own(found.clone())
+        elif self._sharded_backward is not None:
+            found = self._sharded_backward.row(self.loss, self.errors)
+        if found is None:
+            found = self._own_row(stats_QK, numbers)
+        return found.unsqueeze(0), False
+
+    def _own_row(self, stats_QK: Tensor, numbers: tuple[int, ...]) -> Tensor:
+        """From the gradients that the optimizer gets: all there is without an all-reduce."""
+        if not numbers:
+            return torch.zeros(len(ROW), dtype=torch.float64, device=stats_QK.device)
+        # Backward goes through the model from its end, so the first to break is the last in the model's order.
+        order = stats.numbers(numbers[::-1], stats_QK.device)
+        # A row that was not shared with the others carries no errors: ranks would withdraw at different steps.
+        hook = self._topology.hook
+        carries = hook is None or not hook.shares
+        micro_step = self._backwards.taken if self._backwards is not None else 0
+        row = rank_row(
+            stats_QK.flip(0),
+            order,
+            micro_step=micro_step,
+            loss=self.loss,
+            errors=self.errors if carries else 0,
+        )
+        if self._backwards is not None and hook is None:
+            earlier = self._backwards.row()
+            if earlier is not None:  # of a micro-step before the last
+                row[ROW_PARAMETER : ROW_MICRO_STEP + 1] = torch.where(
+                    whole(earlier), row[ROW_PARAMETER : ROW_MICRO_STEP + 1], earlier[ROW_PARAMETER : ROW_MICRO_STEP + 1]
+                )
+        return row
+
+    def _put_own(self, row: Tensor) -> Tensor:
+        row[ROW_ERRORS].fill_(self.errors)
+        if self.loss is not None:
+            row[ROW_LOSSES].fill_(1)
+            row[ROW_LOSS] = self.loss
+        return row
+
+    def _synced(self) -> bool:
+        """Whether gradients were averaged; from what no failure of ours can change, for ranks must agree on it."""
+        known = self._topology
+        if known.kind == "unrecognised":
+            return False
+        if known.taken:
+            return self._averaged
+        return known.hook is None or known.hook.synced
+
+    def _backwards_taken(self) -> int:
+        for watch in (self._sharded_backward, self._backwards):
+            if watch is not None:
+                return watch.taken
+        hook = self._topology.hook
+        return 1 if hook is None else hook.backwards_taken
+
+    def _local(self) -> tuple[Tensor, tuple[int, ...]] | None:
+        if self._topology.hook is not None:
+            return self._topology.hook.local
+        return None if self._sharded_backward is None else self._sharded_backward.local()
+
+    def _synced_backwards(self) -> int:
+        if self._topology.hook is not None:
+            return self._topology.hook.backwards_taken
+        return 1 if self._sharded_backward is None else self._sharded_backward.synced_backwards
+
+    def _count_held(self) -> int:
+        return sum(len(group["params"]) for o in self.watched.optimizers for group in o.param_groups)
+
+    def _watch_new_parameters(self) -> None:
+        """An optimizer may be given parameters later (`add_param_group`): a NaN there counts like any other."""
+        held = self._count_held()
+        if held == self._held:
+            return
+        self._held = held
+        for optimizer in self.watched.optimizers:
+            for parameter in _held_by(optimizer):
+                if parameter not in self._set:
+                    self._set.add(parameter)
+                    self.watched.parameters.append(parameter)
+                    self.watched.names.append(f"added[{len(self.watched.names)}]")
+        if self._topology.hook is not None:
+            self._topology.hook.number(self.watched.parameters)
+
+
+def _held_by(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _comparable(norm: Tensor) -> Tensor:
+    """NaN as Inf: the largest of several is then the worst."""
+    return torch.nan_to_num(norm, nan=math.inf, posinf=math.inf)
+
+
+def unscale(measured: Measured, scale: Tensor, *, gradients: bool) -> None:
+    """Divide a GradScaler's factor out of the rows and, if they still carry it, of the gradients' own numbers."""
+    factor = scale.to(measured.norm).reshape(())
+    measured.rows = measured.rows.clone()
+    measured.rows[:, ROW_SUM_OF_SQUARES] /= factor.square()
+    if gradients:
+        measured.norm = measured.norm / factor
+        measured.stats_QK = measured.stats_QK.clone()
+        measured.stats_QK[:, stats.SUM_OF_SQUARES] /= factor.square()
+        measured.stats_QK[:, stats.ABS_MAX :] /= factor

@@ -1,0 +1,68 @@
+"""Sees the script's GradScaler: the scale that local gradients carry, and the steps it leaves out.
+
+When a GradScaler finds Inf, a non-fused optimizer's `step()` is never called and no hook fires; after `unscale_`
+nothing shows the scale any more. So `GradScaler.step` is wrapped while gradmon is attached. It still does what it did.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+
+class ScalerWatch:
+    """From `start` to `stop` knows which scaler is stepping which optimizer.
+
+    Args:
+        ours: whether an optimizer is watched.
+        left_out: called after a step that the scaler left out, while `scale_of` still answers.
+    """
+
+    def __init__(self, ours: Callable[[Optimizer], bool], left_out: Callable[[Optimizer], None]) -> None:
+        self._ours = ours
+        self._left_out = left_out
+        self._original: Any = None
+        self._wrapper: Any = None
+        self._scale: Tensor | None = None
+        self._stepping: Optimizer | None = None
+        self._came = False
+
+    def scale_of(self, optimizer: Optimizer) -> Tensor | None:
+        """The loss scale, if a scaler is stepping this optimizer now; 0-dim or of one element, on its device."""
+        return self._scale if optimizer is self._stepping else None
+
+    def came(self, optimizer: Optimizer) -> None:
+        """The optimizer's own step has been called."""
+        if optimizer is self._stepping:
+            self._came = True
+
+    def start(self) -> None:
+        """Begin to listen."""
+        original = self._original = GradScaler.step
+
+        @functools.wraps(original)
+        def watched(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if self._wrapper is None or not scaler.is_enabled() or not self._ours(optimizer):
+                return original(scaler, optimizer, *args, **kwargs)
+            self._stepping, self._scale, self._came = optimizer, scaler._scale, False
+            try:
+                result = original(scaler, optimizer, *args, **kwargs)
+                if not self._came:
+                    self._left_out(optimizer)
+                return result
+            finally:
+                self._stepping = self._scale = None
+
+        self._wrapper = watched
+        GradScaler.step = watched  # type: ignore[method-assign, assignment]
+
+    def stop(self) -> None:
+        """Put torch's own method back, unless somebody has wrapped ours since (then ours only passes through)."""
+        if self._wrapper is not None and GradScaler.step is self._wrapper:
+            GradScaler.step = self._original  # type: ignore[method-assign]
+        self._wrapper = None
