@@ -120,13 +120,15 @@ def _leaf(base, skip, end, ROWS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.co
     maximum = tl.where(ordinary, maximum, -_INF)
     if (skip > 0) | (whole_end < end):
         # in quarters of a block: all that care takes would not fit into the registers of a hasty program
-        rest = _careful(base, skip, end, whole_first, whole_end, ROWS // 4, VECTOR, WIDE)
-        squares += rest[0]
-        nans += rest[1]
-        infs += rest[2]
-        zeros += rest[3]
-        minimum = tl.minimum(minimum, rest[4])
-        maximum = tl.maximum(maximum, rest[5])
+        squares_, nans_, infs_, zeros_, minimum_, maximum_ = _careful(
+            base, skip, end, whole_first, whole_end, ROWS // 4, VECTOR, WIDE
+        )
+        squares += squares_
+        nans += nans_
+        infs += infs_
+        zeros += zeros_
+        minimum = tl.minimum(minimum, minimum_)
+        maximum = tl.maximum(maximum, maximum_)
     return squares, nans, infs, zeros, minimum, maximum
 
 
@@ -180,13 +182,15 @@ def measure_chunks(
     for leaf_low in range(low, high, LEAF):
         leaf_skip = tl.maximum(skip - leaf_low, 0).to(tl.int32)
         leaf_end = tl.minimum(high - leaf_low, LEAF).to(tl.int32)
-        leaf = _leaf(base + leaf_low, leaf_skip, leaf_end, ROWS, VECTOR, WIDE)
-        squares += leaf[0]
-        nans += leaf[1].to(tl.float64)
-        infs += leaf[2].to(tl.float64)
-        zeros += leaf[3].to(tl.float64)
-        minimum = tl.minimum(minimum, leaf[4])
-        maximum = tl.maximum(maximum, leaf[5])
+        squares_, nans_, infs_, zeros_, minimum_, maximum_ = _leaf(
+            base + leaf_low, leaf_skip, leaf_end, ROWS, VECTOR, WIDE
+        )
+        squares += squares_
+        nans += nans_.to(tl.float64)
+        infs += infs_.to(tl.float64)
+        zeros += zeros_.to(tl.float64)
+        minimum = tl.minimum(minimum, minimum_)
+        maximum = tl.maximum(maximum, maximum_)
     partial = partials + chunk
     tl.store(partial, squares)
     tl.store(partial + chunks, nans)

@@ -20,14 +20,14 @@ import torch.nn.utils.clip_grad as clip_module
 from torch import Tensor
 
 _INNER = "_group_tensors_by_device_and_dtype"
-#: The functions that write to gradients, and how often each writes to every one of them.
+#: The functions that write to gradients, and how often at most each writes to every one of them.
 _WRITERS = {"_clip_grads_with_norm_": 1, "clip_grad_value_": 2}
 
 
 class ClipWatch:
     """Calls `before(gradients, writes)` ahead of every clip, from `start` to `stop`.
 
-    `writes` is how often the clip is about to write to each of the gradients, which autograd's version counter shows.
+    `writes` is how often at most the clip will write to each of them, which autograd's version counter shows.
     """
 
     def __init__(self, before: Callable[[list[Tensor], int], None]) -> None:

@@ -104,6 +104,8 @@ class Measurer:
         self._set = set(watched.parameters)
         self._held = self._count_held()
         self._averaged = False
+        self._settled = False
+        """True once this rank's part in adding up partial gradients is done."""
         self._registrations = RegistrationWatch()
         micro = config.micro_steps == "auto"
         self._backwards = self._watch_backwards(micro)
@@ -120,7 +122,7 @@ class Measurer:
                 at_arrival=ddp.gradient_as_bucket_view,
                 on_error=self._failed,
             )
-        if not micro or not known.acts or known.kind in ("fsdp2", "hsdp"):
+        if not micro or not known.acts or known.kind.startswith(("fsdp2", "hsdp")):
             return None
         watch = BackwardWatch(self.watched.parameters, self._is_micro_step, at_arrival=False, on_error=self._failed)
         if known.hook is not None:
@@ -216,11 +218,8 @@ class Measurer:
                 watch.take()
         present = [(p.grad, n) for n, p in enumerate(self.watched.parameters, start=1) if p.grad is not None]
         numbers = tuple(n for _, n in present)
-        parts = self._parts([g for g, _ in present])
-        if not parts:
-            stats_QK = torch.zeros(0, len(stats.STATISTICS), dtype=torch.float64, device=self.watched.device)
-        else:
-            stats_QK = stats.measure(parts, extremes=extremes, zeros=zeros)
+        parts = [g for g, _ in present]
+        stats_QK = self._measured(parts, extremes=extremes, zeros=zeros)
         norm = stats.total_norm(stats_QK)
         # On CPU a look at the norm is free. Parts of a whole can't tell whether the whole is too large.
         looks = stats.reads_are_free(norm.device) and self._topology.sharding is None
@@ -243,15 +242,9 @@ class Measurer:
 
     def measure_left(self) -> Tensor:
         """What the script's own clip has left: the norm, or under sharding this rank's share of its square."""
-        parts = self._parts(self.gradients())
-        if not parts:
-            return torch.zeros((), dtype=torch.float64, device=self.watched.device)
-        stats_QK = stats.measure(parts, extremes=False, zeros=False)
-        sharding = self._topology.sharding
-        if sharding is None:
-            return stats.total_norm(stats_QK)
-        numbers = tuple(n for n, p in enumerate(self.watched.parameters, start=1) if p.grad is not None)
-        return sharding.weighted(self._whole(stats_QK, numbers))
+        stats_QK = self._measured(self.gradients(), extremes=False, zeros=False)
+        squares = stats_QK[:, stats.SUM_OF_SQUARES].sum()
+        return squares if self._topology.sharding is not None else squares.sqrt()
 
     def share(self, measured: Measured, left: Tensor | None, *, extremes: bool) -> Tensor:
         """Make `measured` that of all ranks. Every rank comes here in every step, in the same order.
@@ -267,12 +260,13 @@ class Measurer:
         sharding = self._topology.sharding
         if sharding is not None and self._topology.acts:
             full_PK = self._whole(measured.stats_QK, measured.numbers)
-            own = sharding.weighted(full_PK) if left is None else left
+            own = full_PK[:, stats.SUM_OF_SQUARES].sum() if left is None else left
             shared_PK, measured.rows, left_square = sharding.share(full_PK, measured.rows[0], own)
             if extremes:
                 sharding.share_extremes(shared_PK)
             measured.stats_QK, measured.numbers = shared_PK, tuple(range(1, len(shared_PK) + 1))
             measured.norm, measured.shared, measured.full = stats.total_norm(shared_PK), True, extremes
+            self._settled = False
             return left_square.sqrt()
         left = measured.norm if left is None else left
         group = self._topology.group
@@ -292,23 +286,45 @@ class Measurer:
             measured.norm, left = both[0], both[1]
         return left
 
-    def abstain(self) -> None:
-        """This rank can't measure; the others must not wait for it. They will see a step to be skipped."""
+    def abstain(self, *, extremes: bool) -> tuple[Measured, Tensor]:
+        """This rank can't measure; the others must not wait for it. `extremes` as for `share`.
+
+        Returns:
+            Measured and left, as from `share`. Where numbers are shared, all ranks see a step to be skipped; elsewhere
+            this rank alone leaves the step as it is.
+        """
+        sharding = self._topology.sharding
+        if sharding is not None and not self._settled:
+            sharding.settle(self.gradients())
+        self._settled = False
         shape = (len(self.watched.parameters), len(stats.STATISTICS))
         full_PK = torch.zeros(shape, dtype=torch.float64, device=self.watched.device)
         full_PK[:, stats.SUM_OF_SQUARES] = math.inf
         norm = stats.total_norm(full_PK)
         row = torch.zeros(len(ROW), dtype=torch.float64, device=norm.device)
-        row[ROW_ERRORS] = self.errors + 1
-        numbers = tuple(range(1, len(full_PK) + 1))
-        broken = Measured(full_PK, numbers, 0, norm, row.unsqueeze(0), False, self._synced(), False, 0, 0, None)
-        self.share(broken, None, extremes=False)
+        shares = sharding is not None or self._shares_at_step or self._agree
+        if shares:
+            row[ROW_ERRORS] = self.errors
+        numbers, rows = tuple(range(1, len(full_PK) + 1)), row.unsqueeze(0)
+        synced = shares and self._synced()
+        broken = Measured(full_PK, numbers, 0, norm, rows, False, synced, False, 0, 0, None)
+        return broken, self.share(broken, None, extremes=extremes)
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
-    def _parts(self, gradients: list[Tensor]) -> list[Tensor]:
+    def _measured(self, gradients: list[Tensor], *, extremes: bool, zeros: bool) -> Tensor:
+        """stats_QK of this rank's parts; under sharding its sums are shares of the global ones."""
         sharding = self._topology.sharding
-        return gradients if sharding is None else sharding.settle(gradients)
+        if not gradients:
+            return torch.zeros(0, len(stats.STATISTICS), dtype=torch.float64, device=self.watched.device)
+        if sharding is None:
+            return stats.measure(gradients, extremes=extremes, zeros=zeros)
+        self._settled = False
+        parts = sharding.settle(gradients)
+        self._settled = True
+        stats_QK = stats.measure(parts, extremes=extremes, zeros=zeros)
+        sharding.weigh(stats_QK, gradients)
+        return stats_QK
 
     def _whole(self, stats_QK: Tensor, numbers: tuple[int, ...]) -> Tensor:
         """stats_PK with zeros where there is no gradient: the same shape on every rank."""

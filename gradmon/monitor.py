@@ -350,7 +350,7 @@ class Monitor:
         self._take_previous()
         limits = self._limits(optimizer)
         number, every = self._count + 1, self._config.measure
-        sharing = False
+        detail_due, sharing = _due(every.detail_every, number), False
         try:
             measured = self._measured if self._measured_still() else None
             self._measured, clipped = None, measured is not None
@@ -358,11 +358,12 @@ class Monitor:
                 measured = self._measure()
             left = self._measurer.measure_left() if clipped else None
             sharing = True
-            left = self._measurer.share(measured, left, extremes=_due(every.detail_every, number))
-        except Exception:
-            if not sharing:  # this rank can't judge; the others must not wait for it
-                self._measurer.abstain()
-            raise
+            left = self._measurer.share(measured, left, extremes=detail_due)
+        except Exception as error:
+            if sharing:
+                raise
+            self._failed("before_step", error)
+            measured, left = self._measurer.abstain(extremes=detail_due)
         scale, loss_scale = getattr(optimizer, "grad_scale", None), self._scaler_watch.scale_of(optimizer)
         if scale is not None:  # GradScaler leaves the unscaling to a fused optimizer
             left = left / scale.to(left)
@@ -385,7 +386,7 @@ class Monitor:
             self._policy.scale if acting else 1.0,
             actions.learning_rate(self._watched.optimizers[0]),
             None if loss_scale is None else loss_scale.clone(),  # the scaler writes to it before we read
-            _due(every.detail_every, number),
+            detail_due,
             UpdateSample(self._watched.parameters) if _due(every.updates_every, number) else None,
         )
         if len(self._actions) > 1:
@@ -430,7 +431,7 @@ class Monitor:
             rank=self._identity.rank,
             world_size=self._identity.world_size,
             names=self._watched.names,
-            comparable=self._topology.kind != "tensor_parallel",
+            comparable=self._topology.whole_rows,
             noise=self._noise,
         )
         self._last_end = now

@@ -1,7 +1,7 @@
 """Gradients of which each rank holds a part: FSDP2, HSDP, tensor parallelism (DTensor).
 
-*Global* sums come from one all-reduce of a vector over all ranks at step time: the sums of every parameter's own shard,
-and a row per rank. A parameter that several ranks hold alike (the replicas of HSDP, norms under tensor parallelism) is
+*Global* sums come from one all-reduce of a vector over all ranks at step time: the sums of every gradient's own part,
+and a row per rank. A gradient that several ranks hold alike (the replicas of HSDP, norms under tensor parallelism) is
 divided by their number first; without that an HSDP norm would be too large by the root of the replica count.
 
 *Local* statistics are of each rank's unsharded gradients before the reduce-scatter, where alone a rank can be blamed.
@@ -31,14 +31,14 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "device_mesh")
 
 
-def replicas(parameter: Tensor, world_size: int) -> int:
-    """How many ranks hold the same elements of `parameter`."""
-    if not is_sharded(parameter):
+def replicas(tensor: Tensor, world_size: int) -> int:
+    """How many ranks hold the same elements of `tensor`, once partial sums are settled."""
+    if not is_sharded(tensor):
         return world_size
-    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     count = 1
     for size, placement in zip(mesh.shape, placements, strict=True):
-        if placement.is_replicate():
+        if placement.is_replicate() or placement.is_partial():  # what is left shards, in one way or another
             count *= int(size)
     return count
 
@@ -47,32 +47,29 @@ class Sharding:
     """How the parts of the parameters add up to the whole.
 
     Args:
-        parameters: the watched ones; at least one is a DTensor, and every mesh holds all ranks once.
-        group: all ranks.
+        group: all ranks; every parameter's mesh holds each of them once.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._parameters = parameters
-        self._weights: Tensor | None = None
+        self._weights: dict[tuple[float, ...], Tensor] = {}
 
     def share(self, stats_PK: Tensor, row: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The one all-reduce of a step; every rank must come, with vectors of the same length.
 
         Args:
-            stats_PK: of this rank's own parts; 0 where a parameter has no gradient.
+            stats_PK: of this rank's own parts, its sums weighted; 0 where a parameter has no gradient.
             row: of this rank.
             left: this rank's weighted sum of squares of what the script's own clip has left.
 
         Returns:
             stats_PK with global sums (its maxima stay this rank's), rows_WR, and the global sum of squares left.
         """
-        weights_P1 = self.weights(stats_PK)
         rows_WR = torch.zeros(self.world_size, len(ROW), dtype=torch.float64, device=row.device)
         rows_WR[self.rank] = row
         rows_WR[self.rank, ROW_LEFT] = left
-        sums = stats_PK[:, : stats.SUMS] * weights_P1
+        sums = stats_PK[:, : stats.SUMS]
         vector = torch.cat((rows_WR.flatten(), sums.flatten()))
         dist.all_reduce(vector, group=self.group)
         shared_PK = stats_PK.clone()
@@ -89,16 +86,17 @@ class Sharding:
         extremes[:, lowest].neg_()
         stats_PK[:, stats.ABS_MAX :] = extremes
 
-    def weighted(self, stats_PK: Tensor) -> Tensor:
-        """This rank's share of the global sum of squares, 0-dim."""
-        return (stats_PK[:, stats.SUM_OF_SQUARES] * self.weights(stats_PK)[:, 0]).sum()
+    def weigh(self, stats_QK: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Make the sums this rank's share of the global ones: divided by the number of ranks that hold the same.
 
-    def weights(self, like: Tensor) -> Tensor:
-        """1 / replicas of each parameter, [P, 1]."""
-        if self._weights is None or len(self._weights) != len(self._parameters):
-            shares = [1.0 / replicas(p, self.world_size) for p in self._parameters]
-            self._weights = torch.tensor(shares, dtype=torch.float64).unsqueeze(1).to(like.device)
-        return self._weights
+        The placements are the gradients' own, which may be others than their parameters'.
+        """
+        shares = tuple(1.0 / replicas(g, self.world_size) for g in gradients)
+        weights = self._weights.get(shares)
+        if weights is None:
+            weights = torch.tensor(shares, dtype=torch.float64).unsqueeze(1).to(stats_QK.device)
+            self._weights = {shares: weights}
+        stats_QK[:, : stats.SUMS] *= weights
 
     def settle(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Own parts of `gradients`; those still to be added over the ranks of a mesh dimension are added first.
@@ -249,9 +247,7 @@ def _param_groups(model: nn.Module) -> Iterator[Any]:
 def describe(model: nn.Module, parameters: Sequence[Tensor], world_size: int) -> tuple[str, str]:
     """(kind, why gradmon can't add the parts up; empty if it can) of a model with DTensor parameters."""
     sharded = [p for p in parameters if is_sharded(p)]
-    fsdp = any(hasattr(module, "_get_fsdp_state") for module in model.modules())
-    replicated = fsdp and any(replicas(p, world_size) > 1 for p in sharded)
-    kind = "hsdp" if replicated else "fsdp2" if fsdp else "tensor_parallel"
+    kind = _kind(list(_param_groups(model)))
     for parameter in sharded:
         mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
         if mesh.size() != world_size:
@@ -263,6 +259,14 @@ def describe(model: nn.Module, parameters: Sequence[Tensor], world_size: int) ->
         if any(placement.is_partial() for placement in parameter.placements):  # type: ignore[attr-defined]
             return kind, "a parameter is a partial sum (DTensor Partial)"
     return kind, ""
+
+
+def _kind(groups: Sequence[Any]) -> str:
+    if not groups:
+        return "tensor_parallel"
+    replicated = any(type(group.mesh_info).__name__ == "HSDPMeshInfo" for group in groups)
+    tensor_parallel = any(getattr(p, "is_dtensor", False) for group in groups for p in group.fsdp_params)
+    return ("hsdp" if replicated else "fsdp2") + ("+tp" if tensor_parallel else "")
 
 
 def serves(group: dist.ProcessGroup, device: torch.device) -> bool:

