@@ -57,6 +57,13 @@ class LocalHook:
         self.loss: Tensor | float | None = None
         """The newest loss this rank observed; goes out with its row."""
         self._inner: tuple[Any, CommHook] | None = None
+        self._storages: dict[int, int] | None = None
+        """Where each gradient lay before DDP looked at it, kept only if `_average` has to know."""
+        if model.gradient_as_bucket_view and self.world_size & (self.world_size - 1):
+            self._storages = {}
+            for parameter in model.module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._remember)
         self._numbers: dict[int, int] = {}
         self.local: tuple[Tensor, tuple[int, ...]] | None = None
         """stats_PK of this rank's own gradients in the newest synchronised backward, and its parameters' numbers."""
@@ -155,12 +162,32 @@ class LocalHook:
                 self._fresh = [*self._fresh[-_MOST_BACKWARDS:], (None, own.unsqueeze(0))]
             state, hook = self._inner
             return hook(state, bucket)
-        # bit-identical to DDP without a hook
-        buffer = bucket.buffer().mul_(1.0 / self.world_size)
+        buffer = self._average(bucket)
         reduced = dist.all_reduce(buffer, group=self.group, async_op=True).get_future()
         if self.active and bucket.is_last():
             self._share(row, buffer.device)
         return cast("torch.futures.Future[Tensor]", reduced.then(_first_tensor))
+
+    def _average(self, bucket: GradBucket) -> Tensor:
+        """Bit-identical to DDP without a hook.
+
+        DDP multiplies by 1/world_size while it copies a gradient into the bucket, and divides one that lies there
+        already (`gradient_as_bucket_view` with static gradient memory): other bits if that is no power of two.
+        """
+        buffer = bucket.buffer()
+        if self._storages is None:
+            return buffer.mul_(1.0 / self.world_size)
+        here = buffer.untyped_storage().data_ptr()
+        for parameter, view in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            if self._storages.get(id(parameter)) == here:
+                view.div_(self.world_size)
+            else:
+                view.mul_(1.0 / self.world_size)
+        return buffer
+
+    def _remember(self, parameter: Tensor) -> None:
+        if self._storages is not None and parameter.grad is not None and parameter.grad.layout == torch.strided:
+            self._storages[id(parameter)] = parameter.grad.untyped_storage().data_ptr()
 
     @torch.no_grad()
     def _measure(self, bucket: GradBucket) -> Tensor | None:

@@ -218,7 +218,4 @@ def _why_not(model: DistributedDataParallel, watched: Watched) -> str:
     ignored = {_plain(name) for name in model.parameters_to_ignore} & set(watched.names)
     if ignored:
         return f"DDP is told to ignore {len(ignored)} of the parameters, which then differ between ranks"
-    if model.gradient_as_bucket_view and ranks & (ranks - 1):
-        # There DDP divides by the world size where it else multiplies, and a hook can't tell which it would have done.
-        return f"gradient_as_bucket_view on {ranks} ranks, no power of two: a hook would change the last bits"
     return ""

@@ -91,7 +91,9 @@ def build(seed: int = 0) -> Net:
 
 def data_ranks(kind: str, world_size: int) -> int:
     """How many ranks see data of their own."""
-    return {"single": 1, "tensor_parallel": 1, "sequence_parallel": 1, "fsdp2+tp": world_size // 2}.get(kind, world_size)
+    return {"single": 1, "tensor_parallel": 1, "sequence_parallel": 1, "fsdp2+tp": world_size // 2}.get(
+        kind, world_size
+    )
 
 
 def data_rank(kind: str, rank: int, world_size: int) -> int:

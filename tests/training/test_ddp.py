@@ -311,33 +311,6 @@ def test_attach_detach_attach_leaves_no_trace(two_ranks: Ranks, tmp_path: Path) 
     assert two_ranks.run(detach_and_again, str(tmp_path)) == [(True, True, 0)] * 2
 
 
-def with_own_hook(directory: str) -> tuple[list[str], bool]:
-    import os
-
-    import torch
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-    from torch.nn.parallel import DistributedDataParallel
-
-    import gradmon
-    from gradmon.journal import read_journal
-
-    os.environ["GRADMON_DIR"] = directory
-    model = DistributedDataParallel(toy.build())
-    model.register_comm_hook(None, fp16_compress_hook)
-    optimizer = toy.optimizer_for("sgd", model.parameters())
-    with gradmon.attach(model, optimizer) as monitor:
-        for _ in range(12):
-            optimizer.zero_grad()
-            model(torch.randn(4, toy.FEATURES)).square().mean().backward()
-            optimizer.step()
-    view = read_journal(monitor.journal_path)
-    return [r.reason for _, r in view.steps], any(r.applied for _, r in view.steps)
-
-
-def test_a_hook_of_the_users_own_means_watching_only(two_ranks: Ranks, tmp_path: Path) -> None:
-    assert two_ranks.run(with_own_hook, str(tmp_path)) == [(["healthy"] * 12, False)] * 2
-
-
 def gradmon_fails(directory: str) -> tuple[list[bool], list[torch.Tensor], dict[Any, float]]:
     """gradmon itself breaks on rank 1 at step 10; a NaN comes at step 15."""
     from gradmon.measuring import Measurer

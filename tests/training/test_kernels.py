@@ -110,7 +110,7 @@ def gradients(draw: st.DrawFn) -> Tensor:
     return laid_out(values, draw(st.sampled_from(LAYOUTS)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values=st.lists(gradients(), min_size=1, max_size=3), max_chunks=st.sampled_from([1, 3, 1000]))
 def test_any_gradients(values: list[Tensor], max_chunks: int) -> None:
     check(values, replace(SMALL, max_chunks=max_chunks))
@@ -171,6 +171,24 @@ def test_long_sums_keep_their_digits() -> None:
     geometry = kernels.Geometry(max_chunks=1, join_lanes=4)
     assert abs(in_order - right) > 1e-5 * right
     assert kernels.measure([gradient], geometry)[0, SQUARES].item() == pytest.approx(right, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = [laid_out(torch.randn(96).to(dtype), layout) for layout in LAYOUTS]
+    assert sum(v.is_contiguous() for v in values) == 3
+    check(values)
+
+
+def test_nan_outweighs_inf() -> None:
+    values = torch.ones(5, 200)
+    values[1, 3] = values[2, 199] = values[3, 150] = math.inf
+    values[1, 7] = values[4, 2] = -math.inf
+    values[3, 3] = math.nan
+    check(list(values))
+    squares = kernels.measure(list(values), SMALL)[:, SQUARES].tolist()
+    assert squares == pytest.approx([200, math.inf, math.inf, math.nan, math.inf], nan_ok=True)
 
 
 def test_one_nan_costs_no_digit_of_the_rest() -> None:

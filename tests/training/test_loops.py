@@ -511,7 +511,7 @@ def test_a_model_can_be_copied_while_attached(two_ranks: Ranks, tmp_path: Path) 
     assert two_ranks.run(copies, str(tmp_path)) == [["deepcopy", "average", "save"]] * 2
 
 
-def bucket_views(directory: str) -> tuple[bool, bool]:
+def bucket_views(directory: str, static: bool) -> tuple[bool, bool]:
     os.environ["GRADMON_DIR"] = directory
 
     def run(attached: bool) -> tuple[list[torch.Tensor], bool]:
@@ -520,7 +520,7 @@ def bucket_views(directory: str) -> tuple[bool, bool]:
         torch.manual_seed(toy.rank())
         monitor = gradmon.attach(model, optimizer) if attached else None
         for _ in range(15):
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=not static)
             backward(model)
             optimizer.step()
         acted = False
@@ -533,10 +533,11 @@ def bucket_views(directory: str) -> tuple[bool, bool]:
     return toy.equal(without, attached), acted
 
 
-def test_bucket_views_stay_bit_identical(two_ranks: Ranks, three_ranks: Ranks, tmp_path: Path) -> None:
-    """On 3 ranks DDP divides there, and a hook would multiply: so gradmon watches only."""
-    assert two_ranks.run(bucket_views, str(tmp_path)) == [(True, True)] * 2
-    assert three_ranks.run(bucket_views, str(tmp_path / "three")) == [(True, False)] * 3
+@pytest.mark.parametrize("static", [False, True], ids=["fresh-gradients", "static-gradients"])
+def test_bucket_views_stay_bit_identical(two_ranks: Ranks, three_ranks: Ranks, static: bool, tmp_path: Path) -> None:
+    """On 3 ranks DDP divides what lies in the bucket already and multiplies what it copies there: other bits."""
+    assert two_ranks.run(bucket_views, str(tmp_path), static) == [(True, True)] * 2
+    assert three_ranks.run(bucket_views, str(tmp_path / "three"), static) == [(True, True)] * 3
 
 
 def watched_only(directory: str, kind: str) -> str:
