@@ -55,6 +55,8 @@ class Measured:
     """0-dim float64. Under sharding only `share` makes it right."""
     rows: Tensor
     """One row for each rank, or this rank's alone until they are shared."""
+    from_backward: bool
+    """True if `rows` was measured during backward, before a GradScaler's `unscale_`."""
     shared: bool
     """True if `rows` is of all ranks."""
     synced: bool
@@ -225,14 +227,17 @@ class Measurer:
         looks = stats.reads_are_free(norm.device) and self._topology.sharding is None
         if looks and not float(norm) <= alarm and parts:
             stats_QK, extremes, zeros = stats.measure(parts), True, True
-        rows, shared = self._rows(stats_QK, numbers)
+        found = self._rows_of_backward()
+        hook = self._topology.hook
+        rows = self._own_row(stats_QK, numbers).unsqueeze(0) if found is None else found
         return Measured(
             stats_QK,
             numbers,
             elements=sum(g.numel() for g, _ in present),
             norm=norm,
             rows=rows,
-            shared=shared,
+            from_backward=found is not None,
+            shared=found is not None and hook is not None and hook.shares,
             synced=self._synced(),
             full=extremes or norm.device.type == "cuda",
             backwards=self._backwards_taken(),
@@ -307,7 +312,7 @@ class Measurer:
             row[ROW_ERRORS] = self.errors
         numbers, rows = tuple(range(1, len(full_PK) + 1)), row.unsqueeze(0)
         synced = shares and self._synced()
-        broken = Measured(full_PK, numbers, 0, norm, rows, False, synced, False, 0, 0, None)
+        broken = Measured(full_PK, numbers, 0, norm, rows, False, False, synced, False, 0, 0, None)
         return broken, self.share(broken, None, extremes=extremes)
 
     # --- parts -----------------------------------------------------------------------------------------------------
@@ -337,23 +342,18 @@ class Measurer:
             full_PK.index_copy_(0, stats.numbers(tuple(n - 1 for n in numbers), stats_QK.device), stats_QK)
         return full_PK
 
-    def _rows(self, stats_QK: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, bool]:
-        """Rows of all ranks if they are known already, else this rank's own."""
+    def _rows_of_backward(self) -> Tensor | None:
+        """What was measured before the gradients were averaged: rows_WR, or this rank's own as [1, R]."""
         hook = self._topology.hook
-        found: Tensor | None = None
         if hook is not None:
-            found = hook.take_rows()
-            if found is not None:
-                return found, hook.shares
-        elif self._topology.taken and self._backwards is not None:
-            found = self._backwards.row()
-            if found is not None:
-                found = self._put_own(found.clone())
+            return hook.take_rows()
+        own: Tensor | None = None
+        if self._topology.taken and self._backwards is not None:
+            own = self._backwards.row()
+            own = None if own is None else self._put_own(own.clone())
         elif self._sharded_backward is not None:
-            found = self._sharded_backward.row(self.loss, self.errors)
-        if found is None:
-            found = self._own_row(stats_QK, numbers)
-        return found.unsqueeze(0), False
+            own = self._sharded_backward.row(self.loss, self.errors)
+        return None if own is None else own.unsqueeze(0)
 
     def _own_row(self, stats_QK: Tensor, numbers: tuple[int, ...]) -> Tensor:
         """From the gradients that the optimizer gets: all there is without an all-reduce."""
@@ -442,10 +442,17 @@ def _comparable(norm: Tensor) -> Tensor:
 
 
 def unscale(measured: Measured, scale: Tensor, *, gradients: bool) -> None:
-    """Divide a GradScaler's factor out of the rows and, if they still carry it, of the gradients' own numbers."""
+    """Divide a GradScaler's factor out of what still carries it.
+
+    Args:
+        measured: changed in place.
+        scale: the factor, one element.
+        gradients: True if the gradients still carried it when they were measured: with a fused optimizer.
+    """
     factor = scale.to(measured.norm).reshape(())
-    measured.rows = measured.rows.clone()
-    measured.rows[:, ROW_SUM_OF_SQUARES] /= factor.square()
+    if gradients or measured.from_backward:
+        measured.rows = measured.rows.clone()
+        measured.rows[:, ROW_SUM_OF_SQUARES] /= factor.square()
     if gradients:
         measured.norm = measured.norm / factor
         measured.stats_QK = measured.stats_QK.clone()

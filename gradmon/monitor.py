@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
 import time
 import traceback
@@ -396,7 +397,9 @@ class Monitor:
         limits = self._detector.limits()
         if actions.evaluates_repeatedly(optimizer):
             # It compares the gradients of one step with each other: skipping the first is exact, rescaling it is not.
-            return Limits(limits.spike_above, limits.spike_above, limits.max_norm)
+            if math.isfinite(limits.max_norm):
+                self._say.once(f"clip.max_norm has no effect on {type(optimizer).__name__}, which compares gradients")
+            return Limits(spike_above=limits.spike_above)
         return limits
 
     def _measure(self) -> Measured:

@@ -65,14 +65,15 @@ class Bench:
         self.general = OptimizerActions(torch.optim.SGD(self.parameters, lr=1e-5))
         self.stats_PK = stats.measure(self.gradients)
         self.verdict = self.judge()
+        self.leave_alone = self.judge(math.inf)
 
     @torch.no_grad()
     def reset(self) -> None:
         torch._foreach_copy_(self.gradients, self.source)
 
-    def judge(self) -> actions.Verdict:
+    def judge(self, max_norm: float = MAX_NORM) -> actions.Verdict:
         norm = stats.total_norm(self.stats_PK)
-        return actions.judge(norm, norm, Limits(math.inf, math.inf, MAX_NORM))
+        return actions.judge(norm, norm, Limits(math.inf, math.inf, max_norm))
 
     def clip(self) -> None:
         clip_grad_norm_(self.parameters, MAX_NORM)
@@ -97,6 +98,11 @@ class Bench:
         self.optimizer.step()
         self.fused.after()
 
+    def step_left_alone(self) -> None:
+        self.fused.before(self.leave_alone, 1.0)
+        self.optimizer.step()
+        self.fused.after()
+
     def clip_generally(self) -> None:
         self.general.before(self.verdict, 1.0)
         self.general.after()
@@ -111,6 +117,7 @@ class Bench:
             "extremes": lambda: stats.measure(gradients, extremes=True, zeros=False),
             "everything": lambda: stats.measure(gradients, extremes=True, zeros=True),
             "judge": self.judge,
+            "step_left_alone": self.step_left_alone,
             "step": self.step,
             "step_clipped": self.step_clipped,
             "general": self.clip_generally,
@@ -202,8 +209,10 @@ def peak_bytes(bench: Bench, *, extremes: bool, zeros: bool) -> int:
     return peak
 
 
-def run(device_name: str, seconds: float) -> dict[str, Any]:
+def run(device_name: str, seconds: float, threads: int | None = None) -> dict[str, Any]:
     """Raw times of all models on one device, ready for JSON."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     device = torch.device(device_name)
     shares = {"GPT-2 small": 0.75, "many small tensors": 0.25}
     found: dict[str, Any] = {}
@@ -243,7 +252,9 @@ ROWS = {
     "extremes": "- of it: norm, finiteness and extremes",
     "zeros": "- of it: a {zeros}th of counting zeros",
     "every_zero": "gradmon full + clip, zeros in every step too",
-    "cadence": "**gradmon as it comes**: extremes every {detail}th step, zeros every {zeros}th, with the clip",
+    "cadence": "gradmon at its own cadence: extremes every {detail}th step, zeros every {zeros}th; with the clip",
+    "default": "**gradmon as it comes**: the same, and no step is clipped (healthy, no `max_norm`)",
+    "unclipped": "- of it: what a verdict that leaves the step alone adds to it",
     "general": "gradmon norm + clip for any other optimizer (gradients are multiplied)",
     "step": "for scale: the fused AdamW step itself",
 }
@@ -268,6 +279,8 @@ def rows(times: Times) -> dict[str, list[float]]:
             "zeros": counting,
             "every_zero": t["everything"] + judged + added,
             "cadence": t["measure"] + looking + counting + judged + added,
+            "default": t["measure"] + looking + counting + judged + t["step_left_alone"] - t["step"],
+            "unclipped": t["step_left_alone"] - t["step"],
             "general": t["measure"] + judged + t["general"],
         }
         for name in ROWS:

@@ -1,6 +1,6 @@
 """What gradmon costs: one read of all gradients beside torch's clip, and whole training steps with it and without.
 
-    python tests/bench/overhead.py [--seconds 470] [--only micro,one,ddp,gpt2,micro_gpu,gpu]
+    python tests/bench/overhead.py [--seconds 470] [--only micro,one,ddp,gpt2,micro_gpu,gpu] [--threads 1]
 
 Prints one Markdown document; progress goes to stderr. Nothing is asserted: bars are printed beside the numbers.
 """
@@ -33,18 +33,20 @@ _RETRY_SECONDS = 15
 MICRO_NOTE = """Milliseconds are medians over the rounds, ratios are medians of each round's ratio to its own
 `clip_grad_norm_`. Gradients are random numbers with a norm above the clip's 1.0, written anew before each row."""
 STEP_NOTE = """Blocks with and without gradmon alternate. Own work is timed inside gradmon's hooks on rank 0; a mean
-weighs steps with full statistics by their cadence."""
+weighs steps with full statistics by their cadence. The hook's multiplication and all-reduce replace DDP's own and are
+counted to gradmon all the same."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=470, help="for everything (default: %(default)s)")
     parser.add_argument("--only", default="", help="parts to run, with commas between (default: all)")
+    parser.add_argument("--threads", type=int, help="for the reads of all gradients (default: all cores)")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        work(args.part, args.seconds, args.result)
+        work(args.part, args.seconds, args.result, args.threads)
         return
     import torch
 
@@ -57,22 +59,23 @@ def main() -> None:
     found: dict[str, Any] = {}
     for place, part in enumerate(parts):
         weight = WEIGHTS[part] / sum(WEIGHTS[p] for p in parts[place:])
-        found[part] = run(part, weight * (end - time.monotonic()), end)
+        options = ["--threads", str(args.threads)] if args.threads else []
+        found[part] = run(part, weight * (end - time.monotonic()), end, options)
     print("\n".join(document(found)))
 
 
-def work(part: str, seconds: float, result_file: str) -> None:
+def work(part: str, seconds: float, result_file: str, threads: int | None) -> None:
     """In a process of its own."""
     import micro
     import steps
 
     started = {"micro": "cpu", "micro_gpu": "cuda"}.get(part)
-    result = micro.run(started, seconds) if started else steps.worker(part, seconds)
+    result = micro.run(started, seconds, threads) if started else steps.worker(part, seconds)
     if result is not None:
         Path(result_file).write_text(json.dumps(result))
 
 
-def run(part: str, seconds: float, end: float) -> dict[str, Any]:
+def run(part: str, seconds: float, end: float, options: list[str]) -> dict[str, Any]:
     """A part's result, or {"failed": why}; tried again where there is time."""
     why = ""
     for attempt in range(3):
@@ -83,13 +86,15 @@ def run(part: str, seconds: float, end: float) -> dict[str, Any]:
         if left < 2 * _SLACK:
             break
         with tempfile.TemporaryDirectory() as folder:
-            result, why = start(part, min(seconds, left) - _SLACK, left, Path(folder))
+            result, why = start(part, min(seconds, left) - _SLACK, left, Path(folder), options)
         if result is not None:
             return result
     return {"failed": why or "no time left"}
 
 
-def start(part: str, seconds: float, limit: float, folder: Path) -> tuple[dict[str, Any] | None, str]:
+def start(
+    part: str, seconds: float, limit: float, folder: Path, options: list[str]
+) -> tuple[dict[str, Any] | None, str]:
     """Run one part in processes of its own; its result, or why there is none."""
     result_file = folder / "result.json"
     command = [sys.executable]
@@ -97,7 +102,7 @@ def start(part: str, seconds: float, limit: float, folder: Path) -> tuple[dict[s
     if part in RANKS:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS[part])]
         environment["OMP_NUM_THREADS"] = "1"
-    command += [__file__, "--part", part, "--seconds", str(max(1.0, seconds)), "--result", str(result_file)]
+    command += [__file__, "--part", part, "--seconds", str(max(1.0, seconds)), "--result", str(result_file), *options]
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)

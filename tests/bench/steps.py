@@ -266,14 +266,14 @@ def table(results: list[dict[str, Any]], bars: dict[str, str]) -> list[str]:
     add(f"{WAIT}, mean (not in the above)", lambda c: _time(c.mean(WAIT)))
     add("handing a step to the journal, median / p99", _puts)
     add("journal's thread, beside training (processor time)", lambda c: _time(c.raw["writer"]))
-    lines += ["", "Where the own work goes, mean wall time per step, parts without what they call:", ""]
+    lines += ["", "Where the own work goes, mean per step, wall / processor time, parts without what they call:", ""]
     lines += [
         "| part | " + " | ".join(c.raw["title"] for c in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     parts = set[str]().union(*(c.parts for c in columns)) - {WAIT}
     for part in sorted(parts, key=lambda p: -max(c.mean(p) / c.own() for c in columns)):
-        add(part, lambda c, part=part: _time(c.mean(part)) if part in c.parts else "-")
+        add(part, lambda c, part=part: _both(c, part) if part in c.parts else "-")
     missing = sorted(set[str]().union(*(c.raw["missing"] for c in columns)))
     return [*lines, *(["", f"Not timed, because gradmon no longer has it: {', '.join(missing)}."] if missing else [])]
 
@@ -299,6 +299,10 @@ def _middle(summary: Summary) -> str:
 def _puts(summary: Summary) -> str:
     puts = sorted(summary.raw["puts"]) or [0.0]
     return f"{_time(statistics.median(puts))} / {_time(puts[int(0.99 * len(puts))])}"
+
+
+def _both(summary: Summary, part: str) -> str:
+    return f"{_time(summary.mean(part))} / {_time(summary.mean(part, 1))}"
 
 
 def _time(seconds: float | None) -> str:

@@ -232,26 +232,6 @@ def test_optimizers_that_take_turns_are_judged_each_on_its_own_gradients(directo
     ] * 2
 
 
-def test_closures_are_only_watched(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = toy.build()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
-    inputs = torch.randn(8, toy.FEATURES)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = model(inputs).square().mean()
-        loss.backward()
-        return loss
-
-    with gradmon.attach(model, optimizer) as monitor:
-        for _ in range(3):
-            optimizer.step(closure)
-    written = [made for _, made in read_journal(monitor.journal_path).steps]
-    assert len(written) == 3
-    assert all(made.grad_norm > 0 and not made.applied and made.reason == "unsynced" for made in written)
-    assert caplog.text.count("optimizer.step(closure)") == 1
-
-
 def test_the_scripts_clip_is_seen_through_an_early_import(directory: Path) -> None:
     from torch.nn.utils import clip_grad_norm_ as imported_early
 
