@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradmon import stats
+from gradmon import kernels, stats
 from gradmon.backward import BackwardWatch
 from gradmon.config import MeasureConfig
 from gradmon.local import RegistrationWatch
@@ -145,6 +145,7 @@ class Measurer:
 
     def start(self) -> None:
         """Listen to backward from now on."""
+        kernels.available(self.watched.device)  # compiles them now, not in the first step
         hook = self._topology.hook
         if hook is not None:
             hook.start(self.watched.parameters, self._failed)

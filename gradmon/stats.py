@@ -199,6 +199,7 @@ def _careful(value: Tensor) -> list[float]:
         if finite.numel():
             low, high = map(float, torch.aminmax(finite))
             lowest, highest = min(lowest, low), max(highest, high)
+        del wide, finite  # before the next ones are made
     return [squares, nans, infs, zeros, max(0.0, -lowest, highest), lowest, highest]
 
 

@@ -6,9 +6,12 @@ import os
 import shutil
 
 import pytest
+import torch
 
 _MISSING = "is not installed: left out"
 _left_out: list[str] = []
+#: What only a GPU can show; no machine without one can run it, whatever is installed.
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 
 
 def _tool(*names: str) -> str:
@@ -31,14 +34,26 @@ def chromium() -> str:
     return _tool("chromium", "chromium-browser", "google-chrome")
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and _MISSING in str(report.longrepr):
         _left_out.append(f"{report.nodeid}: {str(report.longrepr[-1]).removeprefix('Skipped: ')}")
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note(report)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if collect_ignore:
+        terminalreporter.line("tests/gpu: no CUDA device here, so these tests are not part of this run")
     if _left_out:
         terminalreporter.section("LEFT OUT FOR MISSING TOOLS", sep="!", red=True, bold=True)
         for line in _left_out:
             terminalreporter.line(line)
-        terminalreporter.line(f"{len(_left_out)} tests did not run; with GRADMON_TEST_ALL=1 that is a failure.")
+        terminalreporter.line(
+            f"{len(_left_out)} tests or files did not run; with GRADMON_TEST_ALL=1 that is a failure."
+        )

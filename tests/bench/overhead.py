@@ -144,9 +144,11 @@ def document(found: dict[str, Any]) -> list[str]:
         if part not in found:
             continue
         result = found[part]
-        where = f"CPU, {result['threads']} threads" if device == "cpu" else "GPU, CUDA events"
-        counts = [f"{n}: {m['elements']:,} in {m['tensors']:,} tensors" for n, m in result["models"].items()]
-        counts = [f"{c}, {len(m['device']['clip'])} rounds" for c, m in zip(counts, result["models"].values())]  # noqa: B905
+        where = f"CPU, threads: {result['threads']}" if device == "cpu" else "GPU, CUDA events"
+        counts = [
+            f"{name}: {model['elements']:,} in {model['tensors']:,} tensors, {len(model['device']['clip'])} rounds"
+            for name, model in result["models"].items()
+        ]
         lines += [f"## All gradients once ({where})", "", "; ".join(counts) + f". {MICRO_NOTE}".replace("\n", " "), ""]
         lines += [*micro.table(result, device), "", *micro.memory_table(result), ""]
         if device == "cuda":

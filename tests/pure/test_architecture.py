@@ -29,7 +29,7 @@ FLOORS = {
 WITHIN = {
     "kernels": {"_triton_kernels"}, "stats": {"kernels"}, "rows": {"stats"}, "backward": {"rows", "stats"},
     "local": {"backward", "rows", "stats"}, "sharding": {"rows", "stats"}, "topology": {"local", "sharding"},
-    "measuring": {"backward", "local", "rows", "sharding", "stats", "topology"}, "updates": {"stats"},
+    "measuring": {"backward", "kernels", "local", "rows", "sharding", "stats", "topology"}, "updates": {"stats"},
     "actions": {"detector"}, "stepping": {"actions", "detector", "measuring", "updates"},
     "landing": {"actions", "detector", "noise", "policy", "rows", "stats", "stepping"},
     "layers": {"record"}, "cli": {"demo"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 import toy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -57,6 +58,10 @@ class Task:
     config: dict[str, Any] = field(default_factory=dict)
     copies_at: tuple[int, ...] = ()
     seed: int = 0
+    bf16: bool = False
+    """FSDP2 computes in bf16 and reduces in float32."""
+    scaler: tuple[int, ...] | None = None
+    """With a GradScaler; the steps whose loss is infinite."""
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Result:
     copies: dict[int, tuple[list[torch.Tensor], dict[str, Any]]]
     journal: JournalView | None
     said: list[str]
+    scale: float = 1.0
 
 
 class Net(nn.Module):
@@ -101,8 +107,9 @@ def data_rank(kind: str, rank: int, world_size: int) -> int:
     return rank // (world_size // data_ranks(kind, world_size))
 
 
-def spread(model: Net, kind: str) -> nn.Module:
+def spread(model: Net, kind: str, *, bf16: bool = False) -> nn.Module:
     """`model` in the way of `kind`."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     world = dist.get_world_size() if dist.is_initialized() else 1
     if kind == "single":
         return model
@@ -123,8 +130,8 @@ def spread(model: Net, kind: str) -> nn.Module:
     else:
         mesh = init_device_mesh("cpu", (world,))
     for part in (model.inner, model.up):
-        fully_shard(part, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def batch(task: Task, data: int, step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -188,9 +195,10 @@ def train(task: Task) -> Result:
     for name, module in inner.named_modules():
         if any(owner.rpartition(".")[0] == name for owner in lively):
             module.register_forward_pre_hook(_poisoned(module, name, poison, lively))
-    model = spread(inner, task.kind)
+    model = spread(inner, task.kind, bf16=task.bf16)
     optimizer = toy.optimizer_for(task.optimizer, model.parameters())
     monitor = gradmon.attach(model, optimizer, config=task.config or None) if task.attach else None
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4, enabled=task.scaler is not None)
     copies = {}
     for step in range(1, task.steps + 1):
         optimizer.zero_grad()
@@ -200,12 +208,14 @@ def train(task: Task) -> Result:
                 if broken[:3] == (data, step, micro):
                     poison.arm(broken[3])
             loss = loss_of(model, task, data, step, micro)
-            loss.backward()
+            scaler.scale(loss * math.inf if step in (task.scaler or ()) else loss).backward()
         if task.clip is not None:
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), task.clip)
         if (rank, step) in task.fail and monitor is not None:
             monitor._measurer.measure = _broken  # type: ignore[method-assign]
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         if (rank, step) in task.fail and monitor is not None:
             del monitor._measurer.measure
         if monitor is not None:
@@ -218,7 +228,7 @@ def train(task: Task) -> Result:
         monitor.detach()
         assert monitor.journal_path is not None
         journal = read_journal(monitor.journal_path)
-    return Result(kind, [whole(p) for p in model.parameters()], copies, journal, said)
+    return Result(kind, [whole(p) for p in model.parameters()], copies, journal, said, scaler.get_scale())
 
 
 def _broken(**_kwargs: Any) -> Any:

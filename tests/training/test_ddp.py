@@ -340,3 +340,69 @@ def test_a_failure_of_gradmons_own_makes_all_ranks_watch(two_ranks: Ranks, tmp_p
         assert bool((left == right).logical_or(left.isnan() & right.isnan()).all())
     assert errors1["gradmon_errors_total", ("before_step",)] == 1
     assert ("gradmon_errors_total", ("before_step",)) not in errors0
+
+
+def test_every_rank_knows_all_losses_and_who_is_healthy(two_ranks: Ranks, tmp_path: Path) -> None:
+    """What travels with the rows: the newest losses observed before the gradients met, so those of the step before."""
+    outcomes = two_ranks.run(toy.train, Job(str(tmp_path), steps=20, nan=((1, 12),)))
+    first, second = (records(outcome) for outcome in outcomes)
+    for step in range(2, 21):
+        own = [first[step - 1].loss, second[step - 1].loss]
+        assert own[0] != own[1], "each rank has a batch of its own"
+        for made in (first[step], second[step]):
+            if step == 13:  # rank 1's loss of step 12 was NaN
+                assert math.isnan(made.mean_loss)
+                assert math.isnan(made.max_loss)
+            else:
+                assert made.mean_loss == pytest.approx(sum(own) / 2, rel=1e-12)
+                assert made.max_loss == max(own)
+        assert first[step].healthy_ranks == second[step].healthy_ranks == (1 if step == 12 else 2)
+    assert first[1].mean_loss is None, "nothing was observed before the first step"
+
+
+def test_the_noise_scale_is_that_of_the_formula(two_ranks: Ranks, tmp_path: Path) -> None:
+    """McCandlish et al. 2018, appendix A.1, with plain torch's norms; a NaN step and a spike must not enter."""
+    outcomes = two_ranks.run(toy.train, Job(str(tmp_path), steps=40, nan=((1, 12),), spike=((0, 30),)))
+    gradient = noise = 0.0
+    known = 0
+    for step in range(1, 41):
+        locals_, whole = [o.norms[step - 1][0] for o in outcomes], outcomes[0].norms[step - 1][1]
+        if step not in (12, 30):
+            square = sum(n * n for n in locals_) / 2
+            small, large = 1, 2  # batch of one rank, batch of both
+            gradient = 0.99 * gradient + 0.01 * (large * whole**2 - small * square) / (large - small)
+            noise = 0.99 * noise + 0.01 * (square - whole**2) / (1 / small - 1 / large)
+        ratios = [records(o)[step].noise_scale_ratio for o in outcomes]
+        assert ratios[0] == ratios[1]
+        if ratios[0] is not None:
+            known += 1
+            assert ratios[0] == pytest.approx(noise / gradient / large, rel=1e-4)
+    assert known >= 15, "it must be known in most of the last twenty steps"
+
+
+def test_micro_steps_that_each_average_are_no_samples_of_noise(two_ranks: Ranks, tmp_path: Path) -> None:
+    """Their gradients hold the average of the micro-step before: the formula would lie."""
+
+    for ratios in two_ranks.run(noise_with_averaged_micro_steps, str(tmp_path)):
+        assert ratios == [None] * 30
+
+
+def noise_with_averaged_micro_steps(directory: str) -> list[float | None]:
+    import os
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    import gradmon
+    from gradmon.journal import read_journal
+
+    os.environ["GRADMON_DIR"] = directory
+    model = DistributedDataParallel(toy.build())
+    optimizer = toy.optimizer_for("sgd", model.parameters())
+    generator = torch.Generator().manual_seed(toy.rank())
+    with gradmon.attach(model, optimizer) as monitor:
+        for _ in range(30):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(8, toy.FEATURES, generator=generator)).square().mean().backward()
+            optimizer.step()
+    return [made.noise_scale_ratio for _, made in read_journal(monitor.journal_path).steps]

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 import toy
 from ranks import Ranks
-from toy import equal
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+from toy import equal
 
 import gradmon
 from gradmon.journal import read_journal

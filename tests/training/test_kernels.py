@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import math
 import os
@@ -21,9 +22,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradmon import kernels
 from gradmon.record import STATISTICS
 
+
+def need_triton() -> None:
+    """Leave this module out, or fail, where Triton's interpreter can't be used."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        version = "0"
+    # older ones don't work with today's NumPy; a torch with CUDA insists on its own
+    if tuple(map(int, version.split(".")[:2])) >= (3, 9):
+        return
+    if os.environ.get("GRADMON_TEST_ALL") == "1":
+        pytest.fail("triton 3.9 is missing, and GRADMON_TEST_ALL=1 allows no test to be left out", pytrace=False)
+    pytest.skip("triton 3.9 is not installed: left out", allow_module_level=True)
+
+
 _before = os.environ.get("TRITON_INTERPRET")
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; not left there, for tests beside these
-pytest.importorskip("triton")
+need_triton()
 INTERPRETED = bool(kernels._kernels().INTERPRETED)
 if _before is None:
     del os.environ["TRITON_INTERPRET"]

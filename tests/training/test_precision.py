@@ -46,7 +46,7 @@ def norm_of(gradients: Any) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
 
 
-# --- GradScaler --------------------------------------------------------------------------------------------------------
+# --- GradScaler ------------------------------------------------------------------------------------------------------
 
 
 def scaled(
@@ -220,7 +220,7 @@ def test_parameters_of_other_types(directory: Path, dtype: torch.dtype) -> None:
     assert (records[8].action, records[8].parameter) == ("skip", "weight")
 
 
-# --- closures ----------------------------------------------------------------------------------------------------------
+# --- closures --------------------------------------------------------------------------------------------------------
 
 
 def with_closure(
@@ -343,7 +343,7 @@ def test_closures_under_ddp(two_ranks: Ranks, tmp_path: Path, kind: str) -> None
         assert [(r.step, r.action, r.culprit_rank) for r in records if r.action != "none"] == [(12, "skip", 0)]
 
 
-# --- the script's own clip, under every name -----------------------------------------------------------------------------
+# --- the script's own clip, under every name -------------------------------------------------------------------------
 
 
 def _titan(parameters: list[nn.Parameter]) -> None:
@@ -430,7 +430,7 @@ def test_a_logged_norm_is_no_clip(directory: Path) -> None:
     assert record.grad_norm_applied == record.grad_norm
 
 
-# --- other gradients -----------------------------------------------------------------------------------------------------
+# --- other gradients -------------------------------------------------------------------------------------------------
 
 
 def test_tied_weights_are_counted_once(directory: Path) -> None:

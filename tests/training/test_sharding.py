@@ -99,6 +99,43 @@ def test_clean_runs_are_bit_identical(ranks: Ranks, kind: str, clip: float | Non
         assert all(record.action == "none" and record.applied for record in records(right).values())
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_bf16_shards_are_measured_and_left_alone(
+    two_ranks: Ranks, clip: float | None, accumulate: int, tmp_path: Path
+) -> None:
+    """FSDP2 computes in bf16 and adds micro-steps up in float32."""
+    task = Task(str(tmp_path), "fsdp2", 8, "fused_adamw", clip=clip, accumulate=accumulate, bf16=True, copies_at=(8,))
+    without = two_ranks.run(sharded.train, dataclasses.replace(task, attach=False))
+    attached = two_ranks.run(sharded.train, task)
+    for left, right in zip(without, attached, strict=True):
+        assert equal(left.copies[8], right.copies[8])
+    expected = sharded.reference(task, 2)
+    for rank, result in enumerate(attached):
+        for step, (whole, local) in enumerate(expected, start=1):
+            assert records(result)[step].grad_norm == pytest.approx(whole, rel=3e-2), "bf16 has 3 digits"
+            assert records(result)[step].local_grad_norm == pytest.approx(local[rank], rel=3e-2)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("optimizer", ["fused_adamw", "sgd"])
+def test_a_scaler_over_shards(two_ranks: Ranks, optimizer: str, clip: float | None, tmp_path: Path) -> None:
+    task = Task(str(tmp_path), "fsdp2", 12, optimizer, clip=clip, scaler=(7,), copies_at=(6, 7, 12))
+    without = two_ranks.run(sharded.train, dataclasses.replace(task, attach=False))
+    attached = two_ranks.run(sharded.train, task)
+    expected = sharded.reference(dataclasses.replace(task, steps=6), 2)
+    for rank, (left, right) in enumerate(zip(without, attached, strict=True)):
+        assert equal(left.copies[12], right.copies[12])
+        assert left.scale == right.scale
+        assert equal(right.copies[6], right.copies[7]), "the scaler left step 7 out"
+        written = records(right)
+        assert [(s, r.action) for s, r in written.items() if r.reason != "healthy"] == [(7, "skip")]
+        assert written[7].reason == "scaler_skip"
+        for step, (whole, local) in enumerate(expected, start=1):
+            assert written[step].grad_norm == pytest.approx(whole, rel=1e-5), "unscaled"
+            assert written[step].local_grad_norm == pytest.approx(local[rank], rel=1e-5), "unscaled"
+
+
 @pytest.mark.parametrize("optimizer", ["fused_adamw", "adamw", "sgd"])
 @pytest.mark.parametrize(
     ("ranks", "kind"), [(2, "fsdp2"), (4, "fsdp2"), (4, "hsdp"), (4, "fsdp2+tp")], indirect=["ranks"]
@@ -204,7 +241,7 @@ def test_one_more_collective_per_step(two_ranks: Ranks, kind: str, tmp_path: Pat
         assert added[1:] == [1, 1 + extremes, 1, 1, 1 + extremes, 1]
 
 
-# --- micro-steps -------------------------------------------------------------------------------------------------------
+# --- micro-steps -----------------------------------------------------------------------------------------------------
 
 PARAMETERS = ["inner.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "head.weight", "head.bias"]
 
@@ -259,7 +296,7 @@ def test_micro_steps_can_be_switched_off(directory: Path) -> None:
     assert (step.step, step.micro_step, step.parameter) == (5, None, "up.weight")
 
 
-# --- what is only watched ----------------------------------------------------------------------------------------------
+# --- what is only watched --------------------------------------------------------------------------------------------
 
 
 def watched_only(directory: str, kind: str) -> tuple[str, list[str], bool]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from ranks import Ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradmon
@@ -83,6 +84,38 @@ def test_fused_optimizers_need_no_read(kind: str, directory: Path, monkeypatch: 
 
 def test_others_need_one(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reads_in_a_step("sgd", monkeypatch) - reads_by_torch_alone("sgd") == 1
+
+
+def reads_on_ranks(directory: str, kind: str, attached: bool) -> int:
+    """Reads in steps 11 and 12, one of them with full statistics; on the way other devices than the CPU take."""
+    import sharded
+
+    free, stats.reads_are_free = stats.reads_are_free, lambda device: False
+    task = sharded.Task(directory, kind, 12, "fused_adamw", attach=attached, config={"measure": {"detail_every": 11}})
+    counting = CountReads()
+    original, seen = sharded.loss_of, 0
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == 11:
+            counting.__enter__()
+        return original(*args)
+
+    sharded.loss_of = counted
+    try:
+        sharded.train(task)
+    finally:
+        counting.__exit__(None, None, None)
+        sharded.loss_of, stats.reads_are_free = original, free
+    return counting.reads["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_need_no_read_either(two_ranks: Ranks, kind: str, tmp_path: Path) -> None:
+    """What one step's record is read from is one step old and comes by `tolist`, which is not counted here."""
+    without = two_ranks.run(reads_on_ranks, str(tmp_path), kind, False)
+    assert two_ranks.run(reads_on_ranks, str(tmp_path), kind, True) == without
 
 
 def test_every_sync_is_marked() -> None:
