@@ -73,10 +73,9 @@ def norm_squares(gradients: list[list[float]]) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("ranks", "batch", "ratio"), [(2, 3, 0.3), (4, 1, 1.0), (4, 2, 1.0), (8, 1, 3.0)])
 def test_a_known_noise_scale(ranks: int, batch: int, ratio: float) -> None:
-    """In the means of the last 200 steps, 150 dimensions leave a standard error below 3 % (6 / D for ratio 1)."""
+    """An estimate of one step is as far off as |G|^2 itself; one of some 400 steps in 150 dimensions is 2 % off."""
     problem = Quadratic(ranks + batch, dimensions=150, noise_scale=ratio * ranks * batch)
-    scale, last = NoiseScale(), []
-    naive = []
+    scale, last, naive = NoiseScale(), [], []
     for step in range(500):
         local, together = norm_squares([problem.gradient(batch) for _ in range(ranks)])
         found = scale.update(local, together, ranks)
@@ -91,13 +90,11 @@ def test_a_known_noise_scale(ranks: int, batch: int, ratio: float) -> None:
 
 def test_it_follows_a_change() -> None:
     """As when training goes on: the noise scale grows."""
-    scale, found = NoiseScale(), []
-    for local, together in [(3.0, 2.0)] * 300 + [(30.0, 11.0)] * 2000:
-        found.append(scale.update(local, together, 2))
-    assert found[299] == pytest.approx(1.0)  # |G|^2 = 2*2 - 3 = 1, S/B = 3 - 2 = 1
-    negative = [f for f in found[300:] if f is None]
-    assert negative, "2 * 11 - 30 is below 0: from some step on there is no estimate"
-    assert found[-1] is None
+    scale = NoiseScale()
+    found = [scale.update(*squares, 2) for squares in [(3.0, 2.0)] * 300 + [(30.0, 16.0)] * 1500]
+    assert found[299] == pytest.approx(1.0)  # |G|^2 = 2 * 2 - 3, S / B = 3 - 2
+    assert found[-1] == pytest.approx(7.0, rel=1e-3)  # |G|^2 = 2 * 16 - 30, S / B = 30 - 16
+    assert all(1.0 - 1e-9 <= f <= 7.0 for f in found[299:] if f is not None)
 
 
 def test_few_steps_say_nothing() -> None:
