@@ -40,6 +40,7 @@ SAMPLE_SECONDS = 2.0
 STUCK_SECONDS = 3 * HEARTBEAT_SECONDS
 #: Steps the writer may lie behind before new ones are dropped (and counted): memory stays bounded on a dead disk.
 QUEUE_LIMIT = 10_000
+_DETAILED_QUEUE_LIMIT = 256
 #: Without a step for this long a living rank is called busy instead of running.
 BUSY_SECONDS = 30.0
 _BATCH = 512
@@ -173,6 +174,11 @@ class JournalWriter:
         self._connection = self._create({**dataclasses.asdict(identity), **meta})
         self._thread = threading.Thread(target=self._run, name="gradmon-journal", daemon=True)
         self._thread.start()
+
+    @property
+    def behind(self) -> bool:
+        """True if so many steps wait that their statistics per parameter, which are large, are better left out."""
+        return self._queue.qsize() > _DETAILED_QUEUE_LIMIT
 
     def put(self, item: Landing | Event) -> None:
         """Hand over a step or an event; costs the caller one queue operation."""

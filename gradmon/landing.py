@@ -256,6 +256,7 @@ def land(
     names: list[str],
     comparable: bool,
     noise: NoiseScale,
+    with_details: bool,
 ) -> LandingStep:
     """Send a finished step on its way to the host.
 
@@ -267,6 +268,7 @@ def land(
         world_size: number of ranks.
         names: of the watched parameters.
         comparable: see `StepContext`.
+        with_details: whether to take statistics per parameter along.
         noise: takes in the step if its rows are samples of one noise: of all ranks, and of one backward each.
     """
     measured = step.measured
@@ -291,8 +293,10 @@ def land(
         detail_due=step.detail_due,
         noise=noise if measured.synced_backwards == 1 and measured.shared else None,
     )
-    details = [ParameterStatistics("global", HostCopy(measured.stats_QK), measured.numbers)]
-    if measured.local is not None:
+    details = []
+    if with_details:
+        details.append(ParameterStatistics("global", HostCopy(measured.stats_QK), measured.numbers))
+    if with_details and measured.local is not None:
         details.append(ParameterStatistics("local", HostCopy(measured.local[0]), measured.local[1]))
     vector = HostCopy(pack(step, ratio))
     return LandingStep(vector, context, details, None if ratios_P is None else HostCopy(ratios_P))

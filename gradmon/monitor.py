@@ -436,6 +436,7 @@ class Monitor:
             names=self._watched.names,
             comparable=self._topology.whole_rows,
             noise=self._noise,
+            with_details=self._journal is not None and not self._journal.behind,
         )
         self._last_end = now
         if self._awaiting_loss is not None:

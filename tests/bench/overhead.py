@@ -69,10 +69,16 @@ def work(part: str, seconds: float, result_file: str, threads: int | None) -> No
     import micro
     import steps
 
-    started = {"micro": "cpu", "micro_gpu": "cuda"}.get(part)
-    result = micro.run(started, seconds, threads) if started else steps.worker(part, seconds)
-    if result is not None:
-        Path(result_file).write_text(json.dumps(result))
+    def save(result: dict[str, Any]) -> None:
+        whole = Path(result_file + ".whole")
+        whole.write_text(json.dumps(result))
+        whole.replace(result_file)
+
+    device = {"micro": "cpu", "micro_gpu": "cuda"}.get(part)
+    if device:
+        save(micro.run(device, seconds, threads))
+    else:
+        steps.worker(part, seconds, save)
 
 
 def run(part: str, seconds: float, end: float, options: list[str]) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def run(part: str, seconds: float, end: float, options: list[str]) -> dict[str, 
         if left < 2 * _SLACK:
             break
         with tempfile.TemporaryDirectory() as folder:
-            result, why = start(part, min(seconds, left) - _SLACK, left, Path(folder), options)
+            result, why = start(part, min(seconds, left) - _SLACK, left - _SLACK, Path(folder), options)
         if result is not None:
             return result
     return {"failed": why or "no time left"}
@@ -109,15 +115,28 @@ def start(
         try:
             follow(process, log, limit)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the group that was started above
-                process.wait()
-    if process.returncode == 0 and result_file.exists():
+            late = stop(process)
+    if result_file.exists() and (late or process.returncode == 0):  # of one stopped in time: what it has so far
         return json.loads(result_file.read_text()), ""
+    if late:
+        return None, f"not one pair of blocks was done in {limit:.0f} s; give it more with --seconds"
     lines = log.read_text().splitlines()
     print(*lines[-40:], sep="\n", file=sys.stderr, flush=True)
     errors = [line for line in lines if re.search(r"\w(Error|Exception)\b", line) and "ChildFailed" not in line]
     return None, errors[0].strip() if errors else f"exit {process.returncode}"
+
+
+def stop(process: subprocess.Popen[bytes]) -> bool:
+    """End a process that was started here, if it still runs: torchrun ends its ranks when it is asked to end."""
+    if process.poll() is not None:
+        return False
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return True
 
 
 def follow(process: subprocess.Popen[bytes], log: Path, limit: float) -> None:

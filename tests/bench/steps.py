@@ -141,8 +141,8 @@ class Trainer:
             dist.barrier()
 
 
-def worker(part: str, seconds: float) -> dict[str, Any] | None:
-    """One rank; its result, None on ranks other than 0."""
+def worker(part: str, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
+    """One rank; rank 0 saves the result so far after each pair of blocks."""
     scenario = SCENARIOS[part]
     end = time.monotonic() + seconds
     if scenario.threads is not None:
@@ -163,11 +163,11 @@ def worker(part: str, seconds: float) -> dict[str, Any] | None:
         pairs.append((took[False], took[True]))
         longest = max(longest, time.monotonic() - started)
         say(f"pair {len(pairs)}: {took[False]:.4g} s without, {took[True]:.4g} s with")
-    rank = trainer.rank
+        if trainer.rank == 0:
+            save(_result(scenario, trainer, pairs))
     if scenario.ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
-    return None if rank else _result(scenario, trainer, pairs)
 
 
 def _agreed(go_on: bool) -> bool:

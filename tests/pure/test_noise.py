@@ -51,7 +51,7 @@ def test_the_papers_formula(ranks: int, batch: int) -> None:
 
 
 class Quadratic:
-    """Loss of sample x at w: |w - x|^2 / 2, with x normal around 0. Its gradient is w - x, so G = w and S = D sigma^2."""
+    """Loss of sample x at w: |w - x|^2 / 2, with x normal around 0. Its gradient is w - x: G = w and S = D sigma^2."""
 
     def __init__(self, seed: int, dimensions: int, noise_scale: float) -> None:
         self._random = random.Random(seed)

@@ -318,3 +318,37 @@ def test_rank_error_is_reported(two_ranks: Ranks) -> None:
     """The harness itself: a failing rank must fail the test."""
     with pytest.raises(RankError, match="ZeroDivisionError"):
         two_ranks.run(divmod, 1, 0)
+
+
+def test_a_journal_that_lies_behind_keeps_no_details_waiting(directory: Path) -> None:
+    """On a dead disk ten thousand steps may wait; with statistics of 2,000 parameters each they would be gigabytes."""
+    import threading
+
+    from gradmon.journal import _DETAILED_QUEUE_LIMIT
+
+    model = toy.build()
+    optimizer = toy.optimizer_for("sgd", model.parameters())
+    dead, waiting = threading.Event(), []
+    with gradmon.attach(model, optimizer) as monitor:
+        journal = monitor._journal
+        assert journal is not None
+        write, put = journal._write_item, journal.put
+
+        def stuck(*args: object) -> None:
+            dead.wait(30)
+            write(*args)
+
+        def seen(item: object) -> None:
+            waiting.append(len(getattr(item, "_details", ())))
+            put(item)
+
+        journal._write_item, journal.put = stuck, seen
+        for _ in range(_DETAILED_QUEUE_LIMIT + 20):
+            optimizer.zero_grad()
+            model(torch.randn(2, toy.FEATURES)).square().mean().backward()
+            optimizer.step()
+        dead.set()
+    assert waiting[0] == 1, "a step has statistics"
+    assert waiting[-1] == 0
+    assert sum(waiting) <= _DETAILED_QUEUE_LIMIT + 2
+    assert len(read_journal(monitor.journal_path).steps) == _DETAILED_QUEUE_LIMIT + 20

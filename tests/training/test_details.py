@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy
 import torch
+import toy
 from torch import Tensor, nn
 
 import gradmon
