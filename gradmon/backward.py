@@ -12,12 +12,14 @@ there each is measured as it arrives.)
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
+from torch.autograd import Variable, graph
 
 from gradmon import stats
 from gradmon.rows import ROW_MICRO_STEP, ROW_PARAMETER, first_broken, rank_row
@@ -98,7 +100,7 @@ class BackwardWatch:
         def arrived(parameter: Tensor) -> None:
             try:
                 task = torch._C._current_graph_task_id()
-                if task != self._task:  # a backward that raised never came to its end
+                if task != self._task and not _inside_another():
                     self._task = task
                     self._arrived.clear()
                     Variable._execution_engine.queue_callback(self._ended)
@@ -130,3 +132,19 @@ class BackwardWatch:
             stats_PK = stats.measure([g for _, g in present], extremes=False, zeros=False) if present else None
         if stats_PK is not None:
             self._rows.append(rank_row(stats_PK, stats.numbers(tuple(numbers), stats_PK.device), micro_step=self.count))
+
+
+_ENGINE = graph._engine_run_backward.__code__
+
+
+def _inside_another() -> bool:
+    """True in a backward that runs inside a backward, as reentrant activation checkpointing does for every block.
+
+    On a thread of autograd's own (one per GPU) the outer call is not on the stack.
+    """
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame = frame.f_back
+        depth += frame.f_code is _ENGINE
+    own = isinstance(threading.current_thread(), threading._DummyThread)
+    return depth > (0 if own else 1)

@@ -107,6 +107,8 @@ class StepContext:
     """Backwards of this step, as far as they were seen."""
     scaled: bool
     """True if a GradScaler steps the optimizer: then a step that is not finite is its to skip."""
+    left_out: bool
+    """True if it has, without calling the optimizer's step."""
     detail_due: bool
     noise: NoiseScale | None
     """Where the rows are samples of one noise."""
@@ -206,8 +208,8 @@ class LandingStep:
         action, why, applied_norm = name_verdict(norm, left, divisor, known.limits)
         if not known.judged and why != "nonfinite":
             action, why = "none", "unsynced"
-        if known.scaled and why == "nonfinite":
-            why = "scaler_skip"
+        if known.left_out or (known.scaled and why == "nonfinite"):
+            action, why, applied_norm = "skip", "scaler_skip", 0.0
         if not known.synced:
             norm = left = applied_norm = math.nan
         seen = _Rows(rows, known) if rows is not None else None
@@ -290,6 +292,7 @@ def land(
         comparable=comparable,
         backwards=measured.backwards,
         scaled=step.loss_scale is not None,
+        left_out=step.left_out,
         detail_due=step.detail_due,
         noise=noise if measured.synced_backwards == 1 and measured.shared else None,
     )

@@ -106,6 +106,7 @@ class Measurer:
         self._set = set(watched.parameters)
         self._held = self._count_held()
         self._averaged = False
+        self._averagings = 0
         self._settled = False
         """True once this rank's part in adding up partial gradients is done."""
         self._registrations = RegistrationWatch()
@@ -141,6 +142,7 @@ class Measurer:
     def _ended_beside_a_hook(self) -> bool:
         ddp = self._topology.ddp
         self._averaged = ddp is not None and bool(ddp.require_backward_grad_sync)  # of the newest backward
+        self._averagings += self._averaged
         return True
 
     def start(self) -> None:
@@ -242,7 +244,7 @@ class Measurer:
             synced=self._synced(),
             full=extremes or norm.device.type == "cuda",
             backwards=self._backwards_taken(),
-            synced_backwards=self._synced_backwards(),
+            synced_backwards=self._take_synced_backwards(),
             local=self._local(),
         )
 
@@ -409,7 +411,10 @@ class Measurer:
             return self._topology.hook.local
         return None if self._sharded_backward is None else self._sharded_backward.local()
 
-    def _synced_backwards(self) -> int:
+    def _take_synced_backwards(self) -> int:
+        if self._topology.taken:
+            averagings, self._averagings = self._averagings, 0
+            return averagings
         if self._topology.hook is not None:
             return self._topology.hook.backwards_taken
         return 1 if self._sharded_backward is None else self._sharded_backward.synced_backwards

@@ -294,7 +294,7 @@ class Monitor:
         """A GradScaler has found Inf and not called `optimizer.step()`: a step all the same, and not gradmon's skip."""
         with self._guarded("before_step"):
             if self._begins(optimizer):
-                self._begin_step(optimizer, judged=False)
+                self._begin_step(optimizer, judged=False, left_out=True)
         with self._guarded("after_step"):
             self._finish(optimizer)
 
@@ -347,7 +347,7 @@ class Monitor:
             return True
         return False
 
-    def _begin_step(self, optimizer: Optimizer, *, judged: bool = True) -> None:
+    def _begin_step(self, optimizer: Optimizer, *, judged: bool = True, left_out: bool = False) -> None:
         self._take_previous()
         limits = self._limits(optimizer)
         number, every = self._count + 1, self._config.measure
@@ -387,6 +387,7 @@ class Monitor:
             self._policy.scale if acting else 1.0,
             actions.learning_rate(self._watched.optimizers[0]),
             None if loss_scale is None else loss_scale.clone(),  # the scaler writes to it before we read
+            left_out,
             detail_due,
             UpdateSample(self._watched.parameters) if _due(every.updates_every, number) else None,
         )

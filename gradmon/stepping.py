@@ -34,6 +34,8 @@ class StepInProgress:
     rate: float | Tensor
     loss_scale: Tensor | None
     """A GradScaler's, if one is stepping the optimizer."""
+    left_out: bool
+    """True if a GradScaler has decided not to call the optimizer's step."""
     detail_due: bool
     """True if full statistics are to be written down whatever happens."""
     updates: UpdateSample | None

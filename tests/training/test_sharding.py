@@ -385,3 +385,35 @@ def test_unequal_thread_counts_decide_alike_under_fsdp2(two_ranks: Ranks, tmp_pa
         r.grad_norm for r in second.values() if r.step != 12
     ]
     assert equal(results[0].parameters, results[1].parameters)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_no_accumulation(directory: Path, reentrant: bool) -> None:
+    """Reentrant checkpointing runs a backward of its own for every block, inside the one backward of the step."""
+    from torch.utils.checkpoint import checkpoint
+
+    import gradmon
+
+    model = toy.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with gradmon.attach(model, optimizer) as monitor:
+        for step in range(1, 9):
+            optimizer.zero_grad()
+            for micro in (1, 2):
+                inputs = torch.randn(8, toy.FEATURES, requires_grad=True)
+                x = inputs
+                for block in (model[:3], model[3:5], model[5:]):
+                    x = checkpoint(block, x, use_reentrant=reentrant)
+                (x.square().mean() * (math.nan if (step, micro) == (6, 1) else 1.0)).backward()
+            if step == 8:
+                model[5].weight.grad[0, 0] = math.nan
+            optimizer.step()
+        watch = monitor._measurer._backwards
+        assert watch is not None
+        if not reentrant:
+            assert watch.taken == 2
+    assert monitor.journal_path is not None
+    written = {made.step: made for _, made in read_journal(monitor.journal_path).steps}
+    broken = {step: made.micro_step for step, made in written.items() if made.action == "skip"}
+    assert broken == ({6: None, 8: None} if reentrant else {6: 1, 8: 2})
