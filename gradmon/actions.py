@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
+from gradmon import stats
 from gradmon.detector import Limits
 from gradmon.record import Action, Reason
 
@@ -138,17 +139,20 @@ class OptimizerActions:
 
     def _offer(self, verdict: Verdict) -> None:
         """Let the fused kernel skip and divide. found_inf must be exactly 1 or 0, so two are joined by maximum."""
-        found = verdict.skip.float()
-        divisor = verdict.divisor.float()
-        theirs = getattr(self.optimizer, "found_inf", None)
-        if theirs is not None:
-            found = torch.maximum(found, theirs.to(found))
-        scale = getattr(self.optimizer, "grad_scale", None)
-        if scale is not None:
-            divisor = divisor * scale.to(divisor)
-        for name, value in (("found_inf", found.reshape(())), ("grad_scale", divisor.reshape(()))):
+        offered: dict[str, Tensor] = {}
+        # On CPU a look is free, and a grad_scale of 1 is not: the kernel writes all gradients back.
+        looks = stats.reads_are_free(verdict.norm.device)
+        if not (looks and float(verdict.skip) == 0.0):
+            found = verdict.skip.float()
+            theirs = getattr(self.optimizer, "found_inf", None)
+            offered["found_inf"] = found if theirs is None else torch.maximum(found, theirs.to(found))
+        if not (looks and float(verdict.divisor) == 1.0):
+            divisor = verdict.divisor.float()
+            scale = getattr(self.optimizer, "grad_scale", None)
+            offered["grad_scale"] = divisor if scale is None else divisor * scale.to(divisor)
+        for name, value in offered.items():
             self._attributes[name] = getattr(self.optimizer, name, _MISSING)
-            setattr(self.optimizer, name, value)
+            setattr(self.optimizer, name, value.reshape(()))
 
     def _carry_out(self, verdict: Verdict) -> None:
         # sync: the general way needs the verdict on the host, once per step and optimizer

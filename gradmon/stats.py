@@ -31,6 +31,8 @@ SUM_OF_SQUARES, NAN_COUNT, INF_COUNT, ZERO_COUNT, ABS_MAX, MINIMUM, MAXIMUM = ra
 SUMS = 4
 #: Elements in a row of `vector_norm`: a longer float32 sum loses digits, a shorter one speed.
 _ROW = 1 << 15
+#: Tensors of up to so many rows are cut up and measured together with the small ones.
+_FEW_ROWS = 16
 #: Half-precision values are widened in pieces of this size, so that no copy of a gradient is ever made.
 _PIECE = 1 << 17
 #: Elements in a row of such a piece: the squares of short mantissas round all the same way, at no gain in speed.
@@ -78,7 +80,9 @@ def measure(
     Returns:
         `stats_PK`, float64, on the gradients' device. Nothing is read back to the host, except on CPU.
     """
-    values = [dense(g) for g in gradients]
+    # the common case, without a call for each
+    plain = all(type(g) is Tensor and g.layout is torch.strided and not g.is_complex() for g in gradients)
+    values = list(gradients) if plain else [dense(g) for g in gradients]
     if not values:
         return torch.zeros(0, len(STATISTICS), dtype=torch.float64)
     device = values[0].device
@@ -123,37 +127,60 @@ def _finite_or(value: Tensor, other: float) -> Tensor:
 
 def _measure_on_host(values: Sequence[Tensor], extremes: bool, zeros: bool) -> Tensor:
     stats_PK = torch.full((len(values), len(STATISTICS)), math.nan, dtype=torch.float64)
-    flats = [v if v.dim() == 1 and v.is_contiguous() else flat(v) for v in values]
-    squares_P = _sums_of_squares(flats)
+    values = [v if v.is_contiguous() else flat(v) for v in values]  # some operations would copy them, each anew
+    squares_P = _sums_of_squares(values)
     stats_PK[:, SUM_OF_SQUARES] = squares_P
     stats_PK[:, NAN_COUNT : INF_COUNT + 1] = 0
-    sane = (squares_P > _TINY).logical_and_(squares_P.isfinite())
-    doubtful = [] if bool(sane.all()) else (~sane).nonzero().flatten().tolist()
+    lowest, highest = torch.aminmax(squares_P)
+    doubtful: list[int] = []
+    if not (float(lowest) > _TINY and float(highest) < math.inf):  # NaN too
+        doubtful = (~((squares_P > _TINY) & squares_P.isfinite())).nonzero().flatten().tolist()
     if extremes:
-        _put_extremes(stats_PK, flats, frozenset(doubtful))
+        _put_extremes(stats_PK, values, frozenset(doubtful))
     if zeros:
-        stats_PK[:, ZERO_COUNT] = torch.tensor([f.numel() - int(f.count_nonzero()) for f in flats]).double()
+        stats_PK[:, ZERO_COUNT] = torch.tensor([v.numel() - int(v.count_nonzero()) for v in values]).double()
     for p in doubtful:  # rare, so it may cost more passes
-        stats_PK[p] = torch.tensor(_careful(flats[p]), dtype=torch.float64)
+        stats_PK[p] = torch.tensor(_careful(flat(values[p])), dtype=torch.float64)
     return stats_PK
 
 
-def _sums_of_squares(flats: Sequence[Tensor]) -> Tensor:
-    """squares_P in float64; not finite where a gradient is not, or is too large for float32."""
-    squares_P = torch.empty(len(flats), dtype=torch.float64)
-    small = [p for p, f in enumerate(flats) if f.numel() <= _ROW]
-    if small:  # all in one call: for small tensors calls are what costs
-        wide = any(flats[p].dtype == torch.float64 for p in small)
-        kind = torch.float64 if wide else torch.float32
-        norms = torch._foreach_norm([flats[p] for p in small], 2, dtype=kind)
+def _sums_of_squares(values: Sequence[Tensor]) -> Tensor:
+    """squares_P in float64; not finite where a gradient is not, or is too large for float32.
+
+    Rows of small and middling tensors go into one call: there calls are what costs.
+    """
+    pieces: list[Tensor] = []
+    counts: list[int] = []
+    large: list[tuple[int, Tensor]] = []
+    for p, value in enumerate(values):
+        size = value.numel()
+        if size <= _ROW:
+            pieces.append(value)
+            counts.append(1)
+        elif size <= _FEW_ROWS * _ROW:
+            rows = torch.split(flat(value), _ROW)
+            pieces.extend(rows)
+            counts.append(len(rows))
+        else:
+            large.append((p, flat(value)))
+            counts.append(0)
+    squares_P = torch.zeros(len(values), dtype=torch.float64)
+    if pieces:
+        wide = any(piece.dtype == torch.float64 for piece in pieces)
+        norms = torch._foreach_norm(pieces, 2, dtype=torch.float64 if wide else torch.float32)
         squares = torch.stack(list(norms)).double().square_()
-        if len(small) == len(flats):
+        if len(pieces) == len(values) and not large:
             return squares
-        squares_P[small] = squares
-    for p, f in enumerate(flats):
-        if f.numel() > _ROW:
-            squares_P[p] = _large_sum_of_squares(f)
+        squares_P.index_add_(0, _owners(tuple(counts)), squares)
+    for p, value in large:
+        squares_P[p] = _large_sum_of_squares(value)
     return squares_P
+
+
+@functools.lru_cache(maxsize=64)
+def _owners(counts: tuple[int, ...]) -> Tensor:
+    """For each piece the number, from 0, of the parameter it is of."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
 
 
 def _large_sum_of_squares(value: Tensor, row: int = _ROW) -> Tensor:
@@ -168,8 +195,8 @@ def _large_sum_of_squares(value: Tensor, row: int = _ROW) -> Tensor:
     return squares
 
 
-def _put_extremes(stats_PK: Tensor, flats: Sequence[Tensor], doubtful: frozenset[int]) -> None:
-    found = [(p, *torch.aminmax(f)) for p, f in enumerate(flats) if p not in doubtful]
+def _put_extremes(stats_PK: Tensor, values: Sequence[Tensor], doubtful: frozenset[int]) -> None:
+    found = [(p, *torch.aminmax(v)) for p, v in enumerate(values) if p not in doubtful]
     if not found:
         return
     if len({lowest.dtype for _, lowest, _ in found}) > 1:
@@ -177,7 +204,7 @@ def _put_extremes(stats_PK: Tensor, flats: Sequence[Tensor], doubtful: frozenset
     lowest = torch.stack([pair[1] for pair in found]).double()
     highest = torch.stack([pair[2] for pair in found]).double()
     columns = torch.stack((torch.maximum(-lowest, highest), lowest, highest), 1)
-    if len(found) == len(flats):
+    if len(found) == len(values):
         stats_PK[:, ABS_MAX:] = columns
     else:
         stats_PK[[pair[0] for pair in found], ABS_MAX:] = columns

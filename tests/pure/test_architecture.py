@@ -30,7 +30,7 @@ WITHIN = {
     "kernels": {"_triton_kernels"}, "stats": {"kernels"}, "rows": {"stats"}, "backward": {"rows", "stats"},
     "local": {"backward", "rows", "stats"}, "sharding": {"rows", "stats"}, "topology": {"local", "sharding"},
     "measuring": {"backward", "kernels", "local", "rows", "sharding", "stats", "topology"}, "updates": {"stats"},
-    "actions": {"detector"}, "stepping": {"actions", "detector", "measuring", "updates"},
+    "actions": {"detector", "stats"}, "stepping": {"actions", "detector", "measuring", "updates"},
     "landing": {"actions", "detector", "noise", "policy", "rows", "stats", "stepping"},
     "layers": {"record"}, "cli": {"demo"},
 }  # fmt: skip

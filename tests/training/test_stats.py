@@ -23,8 +23,8 @@ SQUARES, NANS, INFS, ZEROS, ABS_MAX, MINIMUM, MAXIMUM = range(len(STATISTICS))
 HOST_READS = [True, False]
 REAL = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DTYPES = [*REAL, torch.complex64]
-#: Elements of the tensors that need several rows of 32 k (and pieces of 128 k), each with a remainder.
-LARGE = [(1 << 15) + 1, 3 * (1 << 15) + 17, (1 << 17) + 5, 3 * (1 << 17) + (1 << 15) + 9]
+#: Elements of tensors that are cut: into a few rows of 32 k, into many, into pieces of 128 k, each with a remainder.
+LARGE = [(1 << 15) + 1, (1 << 17) + 5, (1 << 19) + 7, 6 * (1 << 17) + (1 << 15) + 9]
 
 
 def held(gradient: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_the_cpu_is_read_by_the_host() -> None:
 
 
 @pytest.mark.parametrize("host_reads", HOST_READS)
-@pytest.mark.parametrize("count", [1, 1000, 3 * (1 << 17) + 9])
+@pytest.mark.parametrize("count", [1, 1000, 3 * (1 << 17) + 9, 5 * (1 << 17) + 9])
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [
