@@ -195,8 +195,7 @@ class LandingStep:
         rows = torch.tensor(part.numbers, dtype=torch.int64) - 1
         table_PK[rows, : len(STATISTICS)] = part.values.values()
         if self._update_ratios_P is not None:
-            ratios_P = self._update_ratios_P.values()
-            table_PK[: len(ratios_P), -1] = ratios_P
+            table_PK[rows, -1] = self._update_ratios_P.values()[rows]
         return ctypes.string_at(table_PK.data_ptr(), table_PK.numel() * table_PK.element_size())
 
     def _record(

@@ -236,7 +236,7 @@ class Measurer:
         return Measured(
             stats_QK,
             numbers,
-            elements=sum(g.numel() for g, _ in present),
+            elements=sum(map(stats.elements, parts)),
             norm=norm,
             rows=rows,
             from_backward=found is not None,

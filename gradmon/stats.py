@@ -7,7 +7,7 @@ sums lose their digits: a finite gradient must give a finite, accurate norm all 
 
 - CUDA: one pass of a Triton kernel over all gradients, everything at once (`kernels`); where Triton is missing, torch's
   foreach operations in float64.
-- CPU: `vector_norm` over rows of 32 k elements runs at memory speed; rows are added in float64. Minimum and maximum are
+- CPU: `vector_norm` over rows of 4 k elements runs at memory speed; rows are added in float64. Minimum and maximum are
   a second read, zeros a third, so the caller says in which steps it wants them. A parameter whose sum is not finite or
   too small for float32 is read again, slowly and with everything.
 """
@@ -30,13 +30,13 @@ SUM_OF_SQUARES, NAN_COUNT, INF_COUNT, ZERO_COUNT, ABS_MAX, MINIMUM, MAXIMUM = ra
 #: The statistics that add up over shards; the others are maxima (or minima).
 SUMS = 4
 #: Elements in a row of `vector_norm`: a longer float32 sum loses digits, a shorter one speed.
-_ROW = 1 << 15
-#: Tensors of up to so many rows are cut up and measured together with the small ones.
-_FEW_ROWS = 16
+_ROW = 1 << 12
+#: Tensors of up to so many elements are measured in one call, middling ones cut into pieces of that size.
+_SMALL = 1 << 15
+_MIDDLING = 16 * _SMALL
 #: Half-precision values are widened in pieces of this size, so that no copy of a gradient is ever made.
 _PIECE = 1 << 17
-#: Elements in a row of such a piece: the squares of short mantissas round all the same way, at no gain in speed.
-_PIECE_ROW = 1 << 11
+_WIDE = (torch.float32, torch.float64)
 #: Below this a sum of float32 squares may have lost elements to underflow.
 _TINY = 1e-24
 
@@ -46,10 +46,17 @@ def dense(gradient: Tensor) -> Tensor:
     if type(gradient) is not Tensor and hasattr(gradient, "to_local"):
         gradient = gradient.to_local()
     if gradient.layout != torch.strided:
-        gradient = gradient.coalesce().values()
+        gradient = (gradient.coalesce() if gradient.is_sparse else gradient).values()
     if gradient.is_complex():
         gradient = torch.view_as_real(gradient.resolve_conj())  # autograd leaves conjugates for whoever reads them
     return gradient
+
+
+def elements(gradient: Tensor) -> int:
+    """How many numbers the statistics are over; of a DTensor all of them, wherever they lie."""
+    if gradient.layout != torch.strided:
+        return dense(gradient).numel()
+    return gradient.numel() * (2 if gradient.is_complex() else 1)
 
 
 def flat(value: Tensor) -> Tensor:
@@ -154,11 +161,11 @@ def _sums_of_squares(values: Sequence[Tensor]) -> Tensor:
     large: list[tuple[int, Tensor]] = []
     for p, value in enumerate(values):
         size = value.numel()
-        if size <= _ROW:
+        if size <= _SMALL:
             pieces.append(value)
             counts.append(1)
-        elif size <= _FEW_ROWS * _ROW:
-            rows = torch.split(flat(value), _ROW)
+        elif size <= _MIDDLING and value.dtype in _WIDE:
+            rows = torch.split(flat(value), _SMALL)
             pieces.extend(rows)
             counts.append(len(rows))
         else:
@@ -183,13 +190,12 @@ def _owners(counts: tuple[int, ...]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
 
 
-def _large_sum_of_squares(value: Tensor, row: int = _ROW) -> Tensor:
-    if value.dtype not in (torch.float32, torch.float64):
-        pieces = torch.split(value, _PIECE)
-        return torch.stack([_large_sum_of_squares(piece.float(), _PIECE_ROW) for piece in pieces]).sum()
-    whole = value.numel() // row * row
+def _large_sum_of_squares(value: Tensor) -> Tensor:
+    if value.dtype not in _WIDE:
+        return torch.stack([_large_sum_of_squares(piece.float()) for piece in torch.split(value, _PIECE)]).sum()
+    whole = value.numel() // _ROW * _ROW
     # In rows, because a norm over one dimension is faster and more exact than one over everything.
-    squares: Tensor = torch.linalg.vector_norm(value[:whole].view(-1, row), dim=1).double().square_().sum()
+    squares: Tensor = torch.linalg.vector_norm(value[:whole].view(-1, _ROW), dim=1).double().square_().sum()
     if whole < value.numel():
         squares += torch.linalg.vector_norm(value[whole:]).double().square_()
     return squares
@@ -216,7 +222,7 @@ def _careful(value: Tensor) -> list[float]:
         return [0.0, 0.0, 0.0, float(value.numel()), 0.0, 0.0, 0.0]  # an unused parameter, in every step
     squares = nans = infs = zeros = 0.0
     lowest, highest = math.inf, -math.inf
-    for piece in torch.split(value, _ROW):
+    for piece in torch.split(value, _SMALL):
         wide = piece.double()
         squares += float(torch.dot(wide, wide))
         nans += int(wide.isnan().sum())

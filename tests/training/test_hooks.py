@@ -121,7 +121,7 @@ def test_a_nan_beside_the_scripts_hook_is_skipped_alike(
 def test_gradients_that_differ_by_rank_are_judged_alike(two_ranks: Ranks, when: str, tmp_path: Path) -> None:
     """A hook may average over a part of the ranks: then the worst of all norms decides, on every rank."""
     results = two_ranks.run(train, str(tmp_path), "local", when, (1, 10))
-    for parameters, records, norms in results:
+    for parameters, records, _ in results:
         assert all(p.isfinite().all() for p in parameters)
         assert [r.action for r in records] == ["none"] * 9 + ["skip"] + ["none"] * 5
         for record in records[:9]:

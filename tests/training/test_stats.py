@@ -259,7 +259,7 @@ def test_large_tensors_keep_their_digits(dtype: torch.dtype, host_reads: bool) -
     gradients = [(torch.randn(3_000_017) + 1).to(dtype), (torch.rand(1 << 20) * 3).to(dtype)]
     naive = float(torch.linalg.vector_norm(gradients[0].float())) ** 2
     assert naive != pytest.approx(expected(gradients[0])[SQUARES], rel=1e-5), "the trap: one norm over everything"
-    check(gradients, host_reads, rel=1e-6)
+    check(gradients, host_reads, rel=2e-6)  # so the norm within 1e-6
 
 
 # --- dense, flat ---------------------------------------------------------------------------------------------------
@@ -315,8 +315,13 @@ def peak_bytes(work: Callable[[], object]) -> int:
     The allocator itself reports each allocation and release to the profiler, so what kernels take inside an operation
     is in it too; a TorchDispatchMode sees results only, and the resident size of the process knows pages, not tensors.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        work()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler sees this thread; and thousands of small pieces would wait for busy cores
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            work()
+    finally:
+        torch.set_num_threads(threads)
     assert watched.profiler is not None
     changes = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes.sort(key=lambda e: e.start_ns())
