@@ -41,13 +41,14 @@ class Verdict:
     """1 or 0."""
 
 
-def judge(norm: Tensor, left: Tensor, limits: Limits) -> Verdict:
+def judge(norm: Tensor, left: Tensor, limits: Limits, ok: Tensor | None = None) -> Verdict:
     """Judge a step on the device, against the step's own norm, without waiting for it.
 
     Args:
         norm: global norm before any clipping, float64, 0-dim.
         left: norm of what the script's own clip has left (`norm` where it has none).
         limits: from the detector, computed from earlier steps.
+        ok: 0-dim, False if this step is to be left alone after all, as only the device knows yet; None: True.
 
     `name_verdict` says in words what this has decided.
     """
@@ -56,7 +57,10 @@ def judge(norm: Tensor, left: Tensor, limits: Limits) -> Verdict:
     target = torch.where(norm > limits.spike_above, min(limits.rescale_to, limits.max_norm), max_norm)
     divisor = torch.where(left > target, left / target, 1.0)
     whole = norm.isfinite().logical_and_(left.isfinite())  # a clip by an overflowed norm leaves NaN behind
-    return Verdict(norm, left, divisor, whole.logical_not_().double())
+    skip = whole.logical_not_()
+    if ok is not None:
+        divisor, skip = torch.where(ok, divisor, 1.0), skip.logical_and_(ok)
+    return Verdict(norm, left, divisor, skip.double())
 
 
 def unjudged(norm: Tensor) -> Verdict:

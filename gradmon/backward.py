@@ -4,7 +4,7 @@ With gradient accumulation a NaN of the second micro-step is still there at the 
 every backward and measures what has come together so far, so that the micro-step can be named; it is also where local
 statistics come from beside a DDP communication hook that is not ours.
 
-The end of backward is a callback of autograd's engine, queued by a `register_post_accumulate_grad_hook` of whatever
+The end of backward is a callback of autograd's engine, queued by the `register_post_accumulate_grad_hook` of whichever
 watched parameter gets its gradient first. DDP queues its own callback, which copies averaged gradients back, after
 that: in ours gradients are still this rank's own. (With `gradient_as_bucket_view` they may be overwritten by then:
 there each is measured as it arrives.)
@@ -13,7 +13,6 @@ there each is measured as it arrives.)
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +23,8 @@ from torch.autograd import Variable, graph
 from gradmon import stats
 from gradmon.rows import ROW_MICRO_STEP, ROW_PARAMETER, first_broken, rank_row
 
-#: So many parameters, evenly spread, are enough to notice that backward runs.
-_SENTINELS = 8
+#: Micro-steps of one step that are remembered.
+_MOST_ROWS = 64
 
 
 class BackwardWatch:
@@ -59,14 +58,14 @@ class BackwardWatch:
         self._arrived: list[tuple[int, Tensor]] = []
         self._rows: list[Tensor] = []
         self._row: Tensor | None = None
+        self._complete = True
 
     def start(self) -> None:
         """Listen from the next backward on."""
-        leaves = [(n, p) for n, p in enumerate(self._parameters, start=1) if p.is_leaf and p.requires_grad]
-        every = 1 if self._at_arrival else max(1, len(leaves) // _SENTINELS)
-        for number, parameter in {*leaves[::every], *leaves[-1:]}:
-            hook = self._hook_of(number)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        for number, parameter in enumerate(self._parameters, start=1):
+            if parameter.is_leaf and parameter.requires_grad:
+                hook = self._hook_of(number)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Remove all hooks."""
@@ -78,7 +77,10 @@ class BackwardWatch:
         """The gradients that are there are measured now: later backwards are of the next step."""
         if self.count:
             self.taken, self.count = self.count, 0
-            self._row = self.blame(self._rows[-1].clone()) if self._rows else None
+            self._complete = len(self._rows) >= self.taken - 1
+            self._row = None
+            if self._rows:
+                self._row = self._blamed(self._rows[:-1], self._rows[-1].clone(), self._complete)
             self._rows = []
 
     def forget(self) -> None:
@@ -89,21 +91,33 @@ class BackwardWatch:
         """Of the gradients taken: this rank's row_R of the newest measured backward, blaming the first that broke."""
         return self._row
 
-    def blame(self, row: Tensor) -> Tensor:
-        """`row` of the backward in progress, with parameter and micro-step of the first that was broken."""
-        if self._rows:
-            earlier = first_broken(torch.stack([*self._rows, row]))
-            row[ROW_PARAMETER : ROW_MICRO_STEP + 1] = earlier[ROW_PARAMETER : ROW_MICRO_STEP + 1]
+    @property
+    def last_micro_step(self) -> int:
+        """Number of the last backward of the gradients taken; 0 unless all before it were measured."""
+        return self.taken if self._complete else 0
+
+    def blame(self, row: Tensor, elsewhere: int) -> Tensor:
+        """`row` of the backward in progress, with parameter and micro-step of the first that was broken.
+
+        `elsewhere` is how many earlier backwards of this step somebody else has measured.
+        """
+        return self._blamed(self._rows, row, len(self._rows) + elsewhere >= self.count)
+
+    @staticmethod
+    def _blamed(earlier: list[Tensor], row: Tensor, complete: bool) -> Tensor:
+        if earlier:
+            first = first_broken(torch.stack([*earlier, row]), lasting=True)
+            row[ROW_PARAMETER : ROW_MICRO_STEP + 1] = first[ROW_PARAMETER : ROW_MICRO_STEP + 1]
+        if not complete:  # one that was not measured may have been the first
+            row[ROW_MICRO_STEP].fill_(0)
         return row
 
     def _hook_of(self, number: int) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
             try:
                 task = torch._C._current_graph_task_id()
-                if task != self._task and not _inside_another():
-                    self._task = task
-                    self._arrived.clear()
-                    Variable._execution_engine.queue_callback(self._ended)
+                if task != self._task and not _inside_another(parameter):
+                    self._begin(task, parameter)
                 if self._at_arrival and parameter.grad is not None:
                     with torch.no_grad():
                         self._arrived.append((number, stats.measure([parameter.grad], extremes=False, zeros=False)))
@@ -111,6 +125,14 @@ class BackwardWatch:
                 self._on_error(error)
 
         return arrived
+
+    def _begin(self, task: int, parameter: Tensor) -> None:
+        self._task = task
+        self._arrived.clear()
+        if self.count and all(p.grad is None for p in self._parameters if p is not parameter):
+            self.count = 0  # the script has thrown the gradients of those backwards away
+            self._rows = []
+        Variable._execution_engine.queue_callback(self._ended)
 
     def _ended(self) -> None:
         """Called by autograd's engine when all of backward has run."""
@@ -131,20 +153,21 @@ class BackwardWatch:
             numbers = [n for n, _ in present]
             stats_PK = stats.measure([g for _, g in present], extremes=False, zeros=False) if present else None
         if stats_PK is not None:
-            self._rows.append(rank_row(stats_PK, stats.numbers(tuple(numbers), stats_PK.device), micro_step=self.count))
+            order_P = stats.numbers(tuple(numbers), stats_PK.device)
+            self._rows = [*self._rows[-_MOST_ROWS:], rank_row(stats_PK, order_P, micro_step=self.count)]
 
 
 _ENGINE = graph._engine_run_backward.__code__
 
 
-def _inside_another() -> bool:
+def _inside_another(parameter: Tensor) -> bool:
     """True in a backward that runs inside a backward, as reentrant activation checkpointing does for every block.
 
-    On a thread of autograd's own (one per GPU) the outer call is not on the stack.
+    Gradients on a GPU arrive on a thread of autograd's own, where the outer call is not on the stack.
     """
     frame, depth = sys._getframe(), 0
     while frame.f_back is not None:
         frame = frame.f_back
         depth += frame.f_code is _ENGINE
-    own = isinstance(threading.current_thread(), threading._DummyThread)
-    return depth > (0 if own else 1)
+    elsewhere = parameter.device.type != "cpu" and torch._C._is_multithreading_enabled()
+    return depth > (0 if elsewhere else 1)

@@ -34,7 +34,7 @@ from gradmon.rows import (
 from gradmon.stepping import StepInProgress
 
 #: Scalars at the head of a step's vector; the ranks' rows follow. From sum_of_squares on: over all parameters.
-_HEAD = ("norm", "left", "divisor", "learning_rate", "errors", "loss_scale", "update_ratio", *STATISTICS)
+_HEAD = ("norm", "left", "divisor", "learning_rate", "errors", "ok", "loss_scale", "update_ratio", *STATISTICS)
 
 
 #: A rank is blamed for a spike if its local norm is this many times the median of the other ranks'.
@@ -51,7 +51,7 @@ class HostCopy:
         self._event: torch.cuda.Event | None = None
         self._host = values
         if values.device.type == "cuda":
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(values.device))
@@ -122,7 +122,8 @@ def pack(step: StepInProgress, update_ratio: Tensor | None) -> Tensor:
     scale = unknown if step.loss_scale is None else step.loss_scale.to(verdict.norm).reshape(())
     ratio = unknown if update_ratio is None else update_ratio.to(verdict.norm)
     errors = measured.rows[:, ROW_ERRORS].sum()
-    scalars = torch.stack((verdict.norm, verdict.left, verdict.divisor, rate, errors, scale, ratio))
+    ok = torch.ones_like(verdict.norm) if measured.ok is None else measured.ok.double()
+    scalars = torch.stack((verdict.norm, verdict.left, verdict.divisor, rate, errors, ok, scale, ratio))
     stats_QK = measured.stats_QK
     if not len(stats_QK):
         return torch.cat((scalars, torch.zeros_like(stats_QK[:0]).sum(0), measured.rows.flatten()))
@@ -191,8 +192,10 @@ class LandingStep:
         return made
 
     def _table(self, part: ParameterStatistics) -> bytes:
-        table_PK = torch.full((len(self._context.names), len(DETAIL_COLUMNS)), math.nan, dtype=torch.float64)
-        rows = torch.tensor(part.numbers, dtype=torch.int64) - 1
+        table_PK = torch.full(
+            (len(self._context.names), len(DETAIL_COLUMNS)), math.nan, dtype=torch.float64, device="cpu"
+        )
+        rows = torch.tensor(part.numbers, dtype=torch.int64, device="cpu") - 1
         table_PK[rows, : len(STATISTICS)] = part.values.values()
         if self._update_ratios_P is not None:
             table_PK[rows, -1] = self._update_ratios_P.values()[rows]
@@ -202,14 +205,16 @@ class LandingStep:
         self, head: list[float], rows: list[list[float]] | None, loss: float | None, memory_bytes: int | None
     ) -> StepRecord:
         known = self._context
-        norm, left, divisor, rate, _errors, loss_scale, update_ratio, _squares, *counts, abs_max, low, high = head
+        norm, left, divisor, rate, _errors, ok, loss_scale, update_ratio, _squares, *counts, abs_max, low, high = head
         nan_count, inf_count, zero_count = counts
         action, why, applied_norm = name_verdict(norm, left, divisor, known.limits)
         if not known.judged and why != "nonfinite":
             action, why = "none", "unsynced"
         if known.left_out or (known.scaled and why == "nonfinite"):
             action, why, applied_norm = "skip", "scaler_skip", 0.0
-        if not known.synced:
+        if not ok:
+            action, why = "none", "unsynced"
+        if not (known.synced and ok) and why != "scaler_skip":
             norm = left = applied_norm = math.nan
         seen = _Rows(rows, known) if rows is not None else None
         culprit, parameter, micro_step = (None, None, None) if seen is None else seen.culprit(why)
@@ -250,32 +255,31 @@ class LandingStep:
 def land(
     step: StepInProgress,
     *,
-    number: int,
     step_seconds: float | None,
     rank: int,
     world_size: int,
     names: list[str],
     comparable: bool,
     noise: NoiseScale,
+    updates: tuple[Tensor, Tensor] | None,
     with_details: bool,
 ) -> LandingStep:
     """Send a finished step on its way to the host.
 
     Args:
         step: finished now.
-        number: of the step, from 1.
         step_seconds: since the end of the step before.
         rank: this one's.
         world_size: number of ranks.
         names: of the watched parameters.
         comparable: see `StepContext`.
+        updates: from `UpdateSample.ratios`, in steps in which it was due.
         with_details: whether to take statistics per parameter along.
         noise: takes in the step if its rows are samples of one noise: of all ranks, and of one backward each.
     """
     measured = step.measured
-    ratios_P, ratio = (None, None) if step.updates is None else step.updates.ratios()
     context = StepContext(
-        step=number,
+        step=step.number,
         wall_seconds=time.time(),
         step_seconds=step_seconds,
         limits=step.limits,
@@ -300,6 +304,7 @@ def land(
         details.append(ParameterStatistics("global", HostCopy(measured.stats_QK), measured.numbers))
     if with_details and measured.local is not None:
         details.append(ParameterStatistics("local", HostCopy(measured.local[0]), measured.local[1]))
+    ratios_P, ratio = (None, None) if updates is None else updates
     vector = HostCopy(pack(step, ratio))
     return LandingStep(vector, context, details, None if ratios_P is None else HostCopy(ratios_P))
 

@@ -59,11 +59,6 @@ class LocalHook:
         self._inner: tuple[Any, CommHook] | None = None
         self._storages: dict[int, int] | None = None
         """Where each gradient lay before DDP looked at it, kept only if `_average` has to know."""
-        if model.gradient_as_bucket_view and self.world_size & (self.world_size - 1):
-            self._storages = {}
-            for parameter in model.module.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._remember)
         self._numbers: dict[int, int] = {}
         self.local: tuple[Tensor, tuple[int, ...]] | None = None
         """stats_PK of this rank's own gradients in the newest synchronised backward, and its parameters' numbers."""
@@ -74,6 +69,14 @@ class LocalHook:
         self._taken: Tensor | None = None
         self.backwards_taken = 0
         """Synchronised backwards that the rows taken last stand for."""
+
+    def installed(self, model: DistributedDataParallel) -> None:
+        """DDP has taken the hook; both are for the life of the model."""
+        if model.gradient_as_bucket_view and self.world_size & (self.world_size - 1):
+            self._storages = {}
+            for parameter in model.module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._remember)
 
     def start(self, parameters: Sequence[Tensor], on_error: Callable[[Exception], None]) -> None:
         """Measure from the next backward on. `parameters` gives the numbers used in the rows."""
@@ -88,6 +91,11 @@ class LocalHook:
     def shares(self) -> bool:
         """False beside a hook of the script's: `take_rows` then gives this rank's own row, for sharing at step time."""
         return self._inner is None
+
+    @property
+    def came(self) -> bool:
+        """True if a backward has averaged gradients since rows were taken."""
+        return bool(self._fresh)
 
     @property
     def synced(self) -> bool:
@@ -107,6 +115,8 @@ class LocalHook:
     def stop(self) -> None:
         """Become a pass-through. To be called on all ranks between the same two steps."""
         self.active = False
+        self.on_error = lambda _error: None  # whatever it held on to must not live as long as the model
+        self.backwards = self.loss = None
         self._clear()
 
     def _clear(self) -> None:
@@ -147,6 +157,8 @@ class LocalHook:
     def forget(self) -> None:
         """The step is over: rows that were taken are no longer of the gradients to come."""
         self._taken = None
+        if not self._fresh:
+            self.local = None
 
     def forward(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """What DDP calls for every bucket."""
@@ -159,7 +171,7 @@ class LocalHook:
         if self._inner is not None:
             if self.active and bucket.is_last():
                 own = self._no_row(bucket.buffer().device) if row is None else row
-                self._fresh = [*self._fresh[-_MOST_BACKWARDS:], (None, own.unsqueeze(0))]
+                self._keep(None, own.unsqueeze(0))
             state, hook = self._inner
             return hook(state, bucket)
         buffer = self._average(bucket)
@@ -211,13 +223,17 @@ class LocalHook:
         self.local = (stats_PK, arrived)
         micro_step = 0 if self.backwards is None else self.backwards.count + 1
         row = rank_row(stats_PK, order_P, micro_step=micro_step, loss=self.loss, errors=self.errors)
-        return row if self.backwards is None else self.backwards.blame(row)
+        return row if self.backwards is None else self.backwards.blame(row, len(self._fresh))
 
     def _share(self, row: Tensor | None, device: torch.device) -> None:
         """Every rank must come here in every synchronised backward, whatever went wrong before."""
         own = self._no_row(device) if row is None else row
         work, rows_WR = share_rows(own, self.rank, self.world_size, self.group)
-        self._fresh = [*self._fresh[-_MOST_BACKWARDS:], (work, rows_WR)]
+        self._keep(work, rows_WR)
+
+    def _keep(self, work: dist.Work | None, rows: Tensor) -> None:
+        thrown_away = self.backwards is not None and self.backwards.count == 0
+        self._fresh = [*([] if thrown_away else self._fresh[1 - _MOST_BACKWARDS :]), (work, rows)]
 
     def _no_row(self, device: torch.device) -> Tensor:
         row = torch.zeros(len(ROW), dtype=torch.float64, device=device)
@@ -253,6 +269,7 @@ def local_hook(model: DistributedDataParallel) -> LocalHook:
             model.register_comm_hook(hook, _forward)
         except RuntimeError as error:
             raise HookTakenError(str(error).splitlines()[0]) from None
+        hook.installed(model)
         _hooks[model] = hook
     return hook
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -35,7 +36,7 @@ class Announcer:
     def stop(self) -> None:
         """Say what was held back, and leave the logger as it was found."""
         for kind, count in self._held.items():
-            logger.warning("%s: and %d more", kind, count)
+            self._log(logging.WARNING, f"{kind}: and {count} more")
         self._held.clear()
         if self._handler is not None:
             logger.removeHandler(self._handler)
@@ -47,7 +48,7 @@ class Announcer:
         """Say this once per attachment."""
         if message not in self._once:
             self._once.add(message)
-            logger.log(level, "%s", message)
+            self._log(level, message)
 
     def event(self, kind: str, message: str) -> None:
         """Say it, unless this kind was heard less than a minute ago: then count it."""
@@ -57,4 +58,10 @@ class Announcer:
             return
         more = self._held.pop(kind, 0)
         self._last[kind] = now
-        logger.warning("%s%s", message, f" (and {more} more since)" if more else "")
+        self._log(logging.WARNING, message + (f" (and {more} more since)" if more else ""))
+
+    @staticmethod
+    def _log(level: int, message: str) -> None:
+        """A filter or handler of the script's that raises must not decide what this rank does next."""
+        with contextlib.suppress(Exception):
+            logger.log(level, "%s", message)

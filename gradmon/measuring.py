@@ -1,6 +1,7 @@
 """What a step's gradients are, before any clip: one process, DDP, FSDP2 and tensor parallelism behind one face.
 
-    measure()   reads the gradients that are there; no communication, so it may be called wherever the script clips
+    measure()   reads the gradients that are there, also wherever the script clips; communicates only where torch's
+                own clip would: to add up partial gradients, which sequence parallelism leaves behind
     share()     at step time, where every rank comes: makes the numbers those of all ranks
 
 Under DDP the rows of all ranks have come with the last bucket already, and `share` has nothing to do (unless devices
@@ -19,9 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
-from gradmon import kernels, stats
+from gradmon import stats
 from gradmon.backward import BackwardWatch
 from gradmon.config import MeasureConfig
 from gradmon.local import RegistrationWatch
@@ -29,17 +29,17 @@ from gradmon.rows import (
     ROW,
     ROW_ERRORS,
     ROW_LEFT,
-    ROW_LOSS,
-    ROW_LOSSES,
     ROW_MICRO_STEP,
     ROW_NORM,
     ROW_PARAMETER,
     ROW_SUM_OF_SQUARES,
+    ROW_SYNCED,
+    put_loss,
     rank_row,
     whole,
 )
 from gradmon.sharding import ShardedBackward
-from gradmon.topology import Topology, Watched
+from gradmon.topology import Topology, Watched, parameters_of
 
 
 @dataclass(slots=True)
@@ -67,7 +67,11 @@ class Measured:
     """Backwards that made these gradients, as far as they were seen."""
     synced_backwards: int
     """Those of them that averaged; of several, the rows are no samples of one noise."""
-    local: tuple[Tensor, tuple[int, ...]] | None
+    ok: Tensor | None = None
+    """0-dim on the device: False if this step is to be left alone, as only the rows of all ranks tell. None: True."""
+    failed: bool = False
+    """True if this rank could not measure."""
+    local: tuple[Tensor, tuple[int, ...]] | None = None
     """stats_QK of this rank's own gradients before they were averaged, with numbers; None where not known."""
 
 
@@ -103,8 +107,7 @@ class Measurer:
         self._agree = agree
         self._say = say
         self._failed = failed
-        self._set = set(watched.parameters)
-        self._held = self._count_held()
+        self._held = self._ids_held()
         self._averaged = False
         self._averagings = 0
         self._settled = False
@@ -147,7 +150,6 @@ class Measurer:
 
     def start(self) -> None:
         """Listen to backward from now on."""
-        kernels.available(self.watched.device)  # compiles them now, not in the first step
         hook = self._topology.hook
         if hook is not None:
             hook.start(self.watched.parameters, self._failed)
@@ -199,18 +201,30 @@ class Measurer:
 
     @property
     def _shares_at_step(self) -> bool:
-        """True where rows travel at step time: sharded, or beside a hook of the script's."""
+        """True where rows travel at step time: sharded, or beside a hook of the script's. Equal on all ranks."""
         known = self._topology
         return known.acts and (
             known.sharding is not None or known.taken or (known.hook is not None and not known.hook.shares)
         )
+
+    @property
+    def backward_came(self) -> bool:
+        """False if no backward has run since the gradients were measured; True if one has, or nobody can tell."""
+        seen: list[bool] = []
+        if self._backwards is not None:
+            seen.append(self._backwards.count > 0)
+        if self._topology.hook is not None:
+            seen.append(self._topology.hook.came)
+        if self._sharded_backward is not None:
+            seen.append(self._sharded_backward.came)
+        return any(seen) or not seen
 
     def gradients(self) -> list[Tensor]:
         """Those that are there, in the model's order."""
         return [p.grad for p in self.watched.parameters if p.grad is not None]
 
     def measure(self, *, extremes: bool, zeros: bool, alarm: float) -> Measured:
-        """Read the gradients that are there now; no communication.
+        """Read the gradients that are there now.
 
         Args:
             extremes: whether minimum, maximum and abs_max are wanted in any case.
@@ -234,8 +248,8 @@ class Measurer:
         hook = self._topology.hook
         rows = self._own_row(stats_QK, numbers).unsqueeze(0) if found is None else found
         return Measured(
-            stats_QK,
-            numbers,
+            stats_QK=stats_QK,
+            numbers=numbers,
             elements=sum(map(stats.elements, parts)),
             norm=norm,
             rows=rows,
@@ -254,69 +268,109 @@ class Measurer:
         squares = stats_QK[:, stats.SUM_OF_SQUARES].sum()
         return squares if self._topology.sharding is not None else squares.sqrt()
 
-    def share(self, measured: Measured, left: Tensor | None, *, extremes: bool) -> Tensor:
+    def share(self, measured: Measured, left: Tensor | None, *, extremes: bool, errors: int) -> Tensor:
         """Make `measured` that of all ranks. Every rank comes here in every step, in the same order.
+
+        Whether there is a collective depends only on what is equal on all ranks, never on what this rank has seen.
 
         Args:
             measured: changed in place.
             left: from `measure_left` if the script has clipped since; None if it has not.
             extremes: whether global extremes are wanted from shards: one more all-reduce. Equal on all ranks.
+            errors: of all ranks, as known from earlier steps. With more in these rows the step is left alone: a rank
+                that could not measure an earlier one has other limits now.
 
         Returns:
             The norm of what the optimizer would use now, 0-dim.
         """
+        known = self._topology
+        if not known.acts:
+            return measured.norm if left is None else left
+        if known.sharding is not None:
+            left = self._share_parts(measured, left, extremes=extremes)
+        else:
+            left = self._share_norms(measured, measured.norm if left is None else left)
+        if known.group is not None and measured.shared:
+            measured.ok = measured.rows[:, ROW_ERRORS].sum() <= errors
+            if self._shares_at_step and known.sharding is None:
+                measured.ok = measured.ok.logical_and(measured.rows[:, ROW_SYNCED].amin() > 0)
+        return left
+
+    def _share_parts(self, measured: Measured, left: Tensor | None, *, extremes: bool) -> Tensor:
         sharding = self._topology.sharding
-        if sharding is not None and self._topology.acts:
-            full_PK = self._whole(measured.stats_QK, measured.numbers)
-            own = full_PK[:, stats.SUM_OF_SQUARES].sum() if left is None else left
-            shared_PK, measured.rows, left_square = sharding.share(full_PK, measured.rows[0], own)
-            if extremes:
-                sharding.share_extremes(shared_PK)
-            measured.stats_QK, measured.numbers = shared_PK, tuple(range(1, len(shared_PK) + 1))
-            measured.norm, measured.shared, measured.full = stats.total_norm(shared_PK), True, extremes
-            self._settled = False
-            return left_square.sqrt()
-        left = measured.norm if left is None else left
+        if sharding is None:
+            raise RuntimeError("nothing is sharded here")
+        full_PK = self._whole(measured.stats_QK, measured.numbers)
+        own = full_PK[:, stats.SUM_OF_SQUARES].sum() if left is None else left
+        shared_PK, measured.rows, left_square = sharding.share(full_PK, measured.rows[0], own)
+        if extremes:
+            sharding.share_extremes(shared_PK)
+        measured.stats_QK, measured.numbers = shared_PK, tuple(range(1, len(shared_PK) + 1))
+        measured.norm, measured.shared, measured.full = stats.total_norm(shared_PK), True, extremes
+        self._settled = False
+        return left_square.sqrt()
+
+    def _share_norms(self, measured: Measured, left: Tensor) -> Tensor:
         group = self._topology.group
-        if group is None or not measured.synced or not self.may_judge or not self._topology.acts:
+        if group is None or not self.may_judge:
             return left
         if self._shares_at_step:
             rows_WR = torch.zeros(dist.get_world_size(group), len(ROW), dtype=torch.float64, device=left.device)
             row = rows_WR[dist.get_rank(group)]
             row.copy_(measured.rows[0])
             row[ROW_NORM], row[ROW_LEFT] = _comparable(measured.norm), _comparable(left)
+            row[ROW_SYNCED].fill_(float(measured.synced))
             dist.all_reduce(rows_WR, group=group)
-            measured.rows, measured.shared = rows_WR, True
+            measured.rows, measured.shared, measured.synced = rows_WR, True, True
             measured.norm, left = rows_WR[:, ROW_NORM].max(), rows_WR[:, ROW_LEFT].max()
-        elif self._agree:
+        elif self._agree and measured.synced:  # the hook's rows came by a collective: all ranks have them, or none
             both = _comparable(torch.stack((measured.norm, left)))
             dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
             measured.norm, left = both[0], both[1]
         return left
 
-    def abstain(self, *, extremes: bool) -> tuple[Measured, Tensor]:
-        """This rank can't measure; the others must not wait for it. `extremes` as for `share`.
+    def broken(self) -> Measured:
+        """For a rank that could not measure: the others must not wait for it, so it shares this.
 
-        Returns:
-            Measured and left, as from `share`. Where numbers are shared, all ranks see a step to be skipped; elsewhere
-            this rank alone leaves the step as it is.
+        Where numbers are shared, all ranks see a step to be skipped. Elsewhere the others decide by their own norm,
+        which is not finite if the rows of all ranks say so, and this rank does the same.
         """
+        self.settle()
+        hook = self._topology.hook
+        stats_PK = torch.zeros(
+            len(self.watched.parameters), len(stats.STATISTICS), dtype=torch.float64, device=self.watched.device
+        )
+        stats_PK[:, stats.SUM_OF_SQUARES] = math.inf
+        norm = stats.total_norm(stats_PK)
+        row = torch.zeros(len(ROW), dtype=torch.float64, device=norm.device)
+        rows, shared = row.unsqueeze(0), False
+        if self._shares_at_step:
+            row[ROW_ERRORS] = self.errors
+        elif hook is not None and (found := hook.take_rows()) is not None:
+            rows, shared = found, True
+            if not self._agree:
+                norm = torch.where(whole(found), torch.ones_like(norm), norm)
+        return Measured(
+            stats_QK=stats_PK,
+            numbers=tuple(range(1, len(stats_PK) + 1)),
+            elements=0,
+            norm=norm,
+            rows=rows,
+            from_backward=True,
+            shared=shared,
+            synced=self._synced(),
+            full=False,
+            backwards=0,
+            synced_backwards=0,
+            failed=True,
+        )
+
+    def settle(self) -> None:
+        """This rank's part in adding up partial gradients, if it has not come to it."""
         sharding = self._topology.sharding
         if sharding is not None and not self._settled:
             sharding.settle(self.gradients())
-        self._settled = False
-        shape = (len(self.watched.parameters), len(stats.STATISTICS))
-        full_PK = torch.zeros(shape, dtype=torch.float64, device=self.watched.device)
-        full_PK[:, stats.SUM_OF_SQUARES] = math.inf
-        norm = stats.total_norm(full_PK)
-        row = torch.zeros(len(ROW), dtype=torch.float64, device=norm.device)
-        shares = sharding is not None or self._shares_at_step or self._agree
-        if shares:
-            row[ROW_ERRORS] = self.errors
-        numbers, rows = tuple(range(1, len(full_PK) + 1)), row.unsqueeze(0)
-        synced = shares and self._synced()
-        broken = Measured(full_PK, numbers, 0, norm, rows, False, False, synced, False, 0, 0, None)
-        return broken, self.share(broken, None, extremes=extremes)
+            self._settled = True
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -356,7 +410,10 @@ class Measurer:
             own = None if own is None else self._put_own(own.clone())
         elif self._sharded_backward is not None:
             own = self._sharded_backward.row(self.loss, self.errors)
-        return None if own is None else own.unsqueeze(0)
+        if own is None:
+            return None
+        # sync: only where gradients are offloaded to the host, which has waited for them already
+        return own.unsqueeze(0).to(self.watched.device)
 
     def _own_row(self, stats_QK: Tensor, numbers: tuple[int, ...]) -> Tensor:
         """From the gradients that the optimizer gets: all there is without an all-reduce."""
@@ -367,7 +424,7 @@ class Measurer:
         # A row that was not shared with the others carries no errors: ranks would withdraw at different steps.
         hook = self._topology.hook
         carries = hook is None or not hook.shares
-        micro_step = self._backwards.taken if self._backwards is not None else 0
+        micro_step = self._backwards.last_micro_step if self._backwards is not None else 0
         row = rank_row(
             stats_QK.flip(0),
             order,
@@ -385,9 +442,7 @@ class Measurer:
 
     def _put_own(self, row: Tensor) -> Tensor:
         row[ROW_ERRORS].fill_(self.errors)
-        if self.loss is not None:
-            row[ROW_LOSSES].fill_(1)
-            row[ROW_LOSS] = self.loss
+        put_loss(row, self.loss)
         return row
 
     def _synced(self) -> bool:
@@ -409,7 +464,8 @@ class Measurer:
     def _local(self) -> tuple[Tensor, tuple[int, ...]] | None:
         if self._topology.hook is not None:
             return self._topology.hook.local
-        return None if self._sharded_backward is None else self._sharded_backward.local()
+        found = None if self._sharded_backward is None else self._sharded_backward.local()
+        return None if found is None else (found[0].to(self.watched.device), found[1])
 
     def _take_synced_backwards(self) -> int:
         if self._topology.taken:
@@ -419,27 +475,35 @@ class Measurer:
             return self._topology.hook.backwards_taken
         return 1 if self._sharded_backward is None else self._sharded_backward.synced_backwards
 
-    def _count_held(self) -> int:
-        return sum(len(group["params"]) for o in self.watched.optimizers for group in o.param_groups)
+    def _ids_held(self) -> list[int]:
+        return [id(p) for o in self.watched.optimizers for p in parameters_of(o)]
 
     def _watch_new_parameters(self) -> None:
-        """An optimizer may be given parameters later (`add_param_group`): a NaN there counts like any other."""
-        held = self._count_held()
+        """An optimizer may be given other parameters later: a NaN there counts like any other."""
+        held = self._ids_held()
         if held == self._held:
             return
         self._held = held
+        averaged = self._topology.averaged
+        known = set(map(id, self.watched.parameters))
         for optimizer in self.watched.optimizers:
-            for parameter in _held_by(optimizer):
-                if parameter not in self._set:
-                    self._set.add(parameter)
-                    self.watched.parameters.append(parameter)
-                    self.watched.names.append(f"added[{len(self.watched.names)}]")
+            for parameter in parameters_of(optimizer):
+                if id(parameter) in known:
+                    continue
+                if averaged is not None and id(parameter) not in averaged:
+                    self._say("parameters that DDP does not average were added to an optimizer: they are not watched")
+                    continue
+                known.add(id(parameter))
+                self.watched.parameters.append(parameter)
+                self.watched.names.append(f"added[{len(self.watched.names)}]")
+        for place, parameter in enumerate(self.watched.parameters):
+            if id(parameter) not in set(held):  # an empty one keeps its number, so that names stay where they are
+                self.watched.parameters[place] = torch.empty(0, device=parameter.device)
         if self._topology.hook is not None:
             self._topology.hook.number(self.watched.parameters)
-
-
-def _held_by(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+        if self._backwards is not None:
+            self._backwards.stop()
+            self._backwards.start()
 
 
 def _comparable(norm: Tensor) -> Tensor:
@@ -447,20 +511,22 @@ def _comparable(norm: Tensor) -> Tensor:
     return torch.nan_to_num(norm, nan=math.inf, posinf=math.inf)
 
 
-def unscale(measured: Measured, scale: Tensor, *, gradients: bool) -> None:
-    """Divide a GradScaler's factor out of what still carries it.
+def unscale(measured: Measured, scale: Tensor, scaled: frozenset[int]) -> None:
+    """Divide a GradScaler's factor out of what still carries it, before it is shared.
 
     Args:
         measured: changed in place.
         scale: the factor, one element.
-        gradients: True if the gradients still carried it when they were measured: with a fused optimizer.
+        scaled: numbers of the parameters whose gradients have not been unscaled yet.
     """
     factor = scale.to(measured.norm).reshape(())
-    if gradients or measured.from_backward:
+    carries = [number in scaled for number in measured.numbers]
+    if measured.from_backward or all(carries):
         measured.rows = measured.rows.clone()
         measured.rows[:, ROW_SUM_OF_SQUARES] /= factor.square()
-    if gradients:
-        measured.norm = measured.norm / factor
+    if any(carries):
+        factor_Q1 = 1 + stats.constants(tuple(map(float, carries)), factor.device).unsqueeze(1) * (factor - 1)
         measured.stats_QK = measured.stats_QK.clone()
-        measured.stats_QK[:, stats.SUM_OF_SQUARES] /= factor.square()
-        measured.stats_QK[:, stats.ABS_MAX :] /= factor
+        measured.stats_QK[:, stats.SUM_OF_SQUARES] /= factor_Q1[:, 0].square()
+        measured.stats_QK[:, stats.ABS_MAX :] /= factor_Q1
+        measured.norm = stats.total_norm(measured.stats_QK)

@@ -38,6 +38,7 @@ from gradmon.handshake import Agreement, AttachError
 from gradmon.journal import JournalWriter, journal_path
 from gradmon.landing import HostCopy, LandingStep, land
 from gradmon.log import Announcer
+from gradmon.losses import MOST_LOSSES, mean_loss, plain_loss
 from gradmon.measuring import Measured, Measurer, unscale
 from gradmon.noise import NoiseScale
 from gradmon.plan import Plan, agree_on, identity_of, make_plan
@@ -48,14 +49,15 @@ from gradmon.scaler import ScalerWatch
 from gradmon.stepping import (
     Marks,
     StepInProgress,
-    gradients_of,
     has_closure,
     inside_own_step,
     marks_after,
     marks_of,
+    same_tensors,
     unchanged,
     with_closure,
 )
+from gradmon.topology import gradients_of, parameters_of
 from gradmon.updates import UpdateSample
 
 #: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
@@ -142,6 +144,8 @@ class Monitor:
         self._loss_follows: bool | None = None
         self._closure: Optimizer | None = None
         self._count = 0
+        self._made = 0
+        self._errors_seen = 0
         self._last_end: float | None = None
         self._withdrawn = False
         self._attached = True
@@ -183,17 +187,17 @@ class Monitor:
         Raises:
             ValueError: the tensor has more than one element.
         """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(f"loss must hold one element (got shape {tuple(loss.shape)}); pass its mean")
-            value = loss.detach().reshape(()).to(torch.float64, copy=True)
-        else:
-            value = torch.tensor(float(loss), dtype=torch.float64)
+        value = plain_loss(loss)
         if not self._attached:
             return
+        if value is None:
+            self._say.once(
+                "the loss observed is a DTensor that no rank holds whole: it is left out; pass its full value"
+            )
+            return
         if self._loss_follows is None:
-            self._loss_follows = self._count > 0
-        self._losses.append(value)
+            self._loss_follows = self._made > 0
+        self._losses = [*self._losses[1 - MOST_LOSSES :], value]
         self._measurer.observe(value)
         if self._loss_follows and self._awaiting_loss is not None:
             self._write_step(self._awaiting_loss)
@@ -226,7 +230,10 @@ class Monitor:
                 f"gradmon state must have version 1 (got {state.get('version')!r}), step, detector and policy; "
                 f"pass what Monitor.state_dict() returned"
             )
+        if self._awaiting_loss is not None:
+            self._write_step(self._awaiting_loss)
         self._previous = None
+        self._losses.clear()
         self._count = int(state["step"])
         self._detector.load_state_dict(state["detector"])
         self._policy.load_state_dict(state["policy"])
@@ -246,6 +253,9 @@ class Monitor:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._nested(optimizer):
+            return None
+        if self._watched.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._say.once("this step is captured in a CUDA graph, whose replays call no hooks: it is not watched")
             return None
         self._scaler_watch.came(optimizer)
         with self._guarded("restore"):  # of a step that raised; before its gradients are taken for new ones
@@ -322,10 +332,10 @@ class Monitor:
             if {id(g) for g in present}.isdisjoint(map(id, gradients)):
                 return
             waiting = [(o, gradients_of(o)) for o in self._waiting()]
-            if self._step is not None and not all(unchanged(self._marks.get(o, []), g) for o, g in waiting):
+            if self._step is not None and not all(self._of_this_step(o) for o, _ in waiting):
                 self._end_step()
             if self._step is None and not self._measured_still():
-                self._measured = self._measure()
+                self._measured = self._measure(self._count + 1)
             # What the marks will be once the clip is through.
             self._clip_marks = marks_after(present, gradients, writes)
             if self._step is not None:  # a later optimizer of the step in progress clips its own
@@ -342,57 +352,88 @@ class Monitor:
         """True for a step's first optimizer. One verdict serves all optimizers, unless new gradients came since."""
         if self._step is None:
             return True
-        if optimizer in self._stepped or not unchanged(self._marks.get(optimizer, []), gradients_of(optimizer)):
+        if optimizer in self._stepped or not self._of_this_step(optimizer):
             self._end_step()
             return True
         return False
 
+    def _of_this_step(self, optimizer: Optimizer) -> bool:
+        """True if the optimizer's gradients are those of the step in progress, also if the script has scaled them."""
+        marks, gradients = self._marks.get(optimizer, []), gradients_of(optimizer)
+        return unchanged(marks, gradients) or (same_tensors(marks, gradients) and not self._measurer.backward_came)
+
     def _begin_step(self, optimizer: Optimizer, *, judged: bool = True, left_out: bool = False) -> None:
-        self._take_previous()
-        limits = self._limits(optimizer)
-        number, every = self._count + 1, self._config.measure
-        detail_due, sharing = _due(every.detail_every, number), False
-        try:
-            measured = self._measured if self._measured_still() else None
-            self._measured, clipped = None, measured is not None
-            if measured is None:
-                measured = self._measure()
-            left = self._measurer.measure_left() if clipped else None
-            sharing = True
-            left = self._measurer.share(measured, left, extremes=detail_due)
-        except Exception as error:
-            if sharing:
-                raise
-            self._failed("before_step", error)
-            measured, left = self._measurer.abstain(extremes=detail_due)
-        scale, loss_scale = getattr(optimizer, "grad_scale", None), self._scaler_watch.scale_of(optimizer)
-        if scale is not None:  # GradScaler leaves the unscaling to a fused optimizer
-            left = left / scale.to(left)
-        factor = loss_scale if scale is None else scale
-        if factor is not None:
-            unscale(measured, factor, gradients=scale is not None)
+        """Nothing here may keep this rank from `share`, where the others wait: each part fails by itself."""
+        self._count += 1
+        self._made += 1
+        limits = Limits()
+        with self._guarded("before_step"):
+            self._take_previous()
+            limits = self._limits(optimizer)
+        measured, left = self._measure_for(optimizer)
+        due = _due(self._config.measure.detail_every, self._count)
+        left = self._measurer.share(measured, left, extremes=due, errors=self._errors_seen)
         if not measured.synced and self._topology.acts:
             self._say.once(
                 "gradients were not averaged over the ranks in this step (no_sync?): such steps are left alone"
             )
         judged = judged and measured.synced and self._may_judge()
-        verdict = actions.judge(measured.norm, left, limits) if judged else actions.unjudged(measured.norm)
+        if measured.failed:  # what the others see as not finite is skipped here too; all else is left alone
+            judged, limits = judged and self._topology.group is not None, Limits()
+        verdict = actions.unjudged(measured.norm)
+        if judged:
+            verdict = actions.judge(measured.norm, left, limits, measured.ok)
         acting = self._acts and judged
+        loss_scale = self._scaler_watch.scale_of(optimizer)
         self._step = StepInProgress(
+            self._count,
             measured,
             verdict,
             limits,
-            judged,
+            judged and not measured.failed,
             acting,
             self._policy.scale if acting else 1.0,
             actions.learning_rate(self._watched.optimizers[0]),
             None if loss_scale is None else loss_scale.clone(),  # the scaler writes to it before we read
             left_out,
-            detail_due,
-            UpdateSample(self._watched.parameters) if _due(every.updates_every, number) else None,
+            due,
+            None,
         )
-        if len(self._actions) > 1:
-            self._marks = {o: marks_of(gradients_of(o)) for o in self._actions}
+        self._marks = {o: marks_of(gradients_of(o)) for o in self._actions} if len(self._actions) > 1 else {}
+        with self._guarded("updates"):
+            if _due(self._config.measure.updates_every, self._count):
+                self._step.updates = UpdateSample(self._watched.parameters)
+
+    def _measure_for(self, optimizer: Optimizer) -> tuple[Measured, Tensor | None]:
+        """Of this rank, unscaled; the second is what the script's own clip has left, None if it has not clipped."""
+        left: Tensor | None = None
+        measured = self._measured if self._measured_still() else None
+        self._measured, clipped = None, measured is not None
+        if measured is None:
+            measured = self._measure(self._count)
+        try:
+            if clipped:
+                left = self._measurer.measure_left()
+            self._unscale(optimizer, measured, left)
+        except Exception as error:
+            self._failed("before_step", error)
+            measured, left = self._measurer.broken(), None
+        return measured, left
+
+    def _unscale(self, optimizer: Optimizer, measured: Measured, left: Tensor | None) -> None:
+        """A GradScaler leaves the unscaling to a fused optimizer, and unscales others one after the other."""
+        scale = self._scaler_watch.scale_of(optimizer)
+        if scale is not None:
+            scaled = {id(p) for o in self._actions if self._scaler_watch.carries_scale(o) for p in parameters_of(o)}
+        else:
+            scale = getattr(optimizer, "grad_scale", None)
+            scaled = {id(p) for p in parameters_of(optimizer)}
+        if scale is None:
+            return
+        numbers = (n for n, p in enumerate(self._watched.parameters, start=1) if id(p) in scaled)
+        unscale(measured, scale, frozenset(numbers))
+        if left is not None and scaled:
+            left /= scale.to(left).reshape(()) ** (1 if self._topology.sharding is None else 2)
 
     def _limits(self, optimizer: Optimizer) -> Limits:
         limits = self._detector.limits()
@@ -403,13 +444,18 @@ class Monitor:
             return Limits(spike_above=limits.spike_above)
         return limits
 
-    def _measure(self) -> Measured:
-        every, number = self._config.measure, self._count + 1
-        return self._measurer.measure(
-            extremes=_due(every.detail_every, number),
-            zeros=_due(every.zeros_every, number),
-            alarm=self._detector.limits().spike_above,
-        )
+    def _measure(self, number: int) -> Measured:
+        """The gradients of step `number`; what `Measurer.broken` says where that fails."""
+        every = self._config.measure
+        try:
+            return self._measurer.measure(
+                extremes=_due(every.detail_every, number),
+                zeros=_due(every.zeros_every, number),
+                alarm=self._detector.limits().spike_above,
+            )
+        except Exception as error:
+            self._failed("before_step", error)
+            return self._measurer.broken()
 
     def _may_judge(self) -> bool:
         """False inside `Join` where it makes a difference."""
@@ -426,24 +472,26 @@ class Monitor:
         self._measurer.forget()
         if step is None:
             return
-        self._count += 1
         now = time.monotonic()
+        updates = None
+        with self._guarded("updates"):
+            updates = None if step.updates is None else step.updates.ratios()
         landing = land(
             step,
-            number=self._count,
             step_seconds=None if self._last_end is None else now - self._last_end,
             rank=self._identity.rank,
             world_size=self._identity.world_size,
             names=self._watched.names,
             comparable=self._topology.whole_rows,
             noise=self._noise,
+            updates=updates,
             with_details=self._journal is not None and not self._journal.behind,
         )
         self._last_end = now
         if self._awaiting_loss is not None:
             self._write_step(self._awaiting_loss)
         self._previous = landing
-        if self._loss_follows or (self._loss_follows is None and self._count == 1):
+        if self._loss_follows or (self._loss_follows is None and self._made == 1):
             self._awaiting_loss = self._previous  # a loop that observes after its step does so next
         else:
             self._write_step(self._previous)
@@ -453,8 +501,7 @@ class Monitor:
         self._awaiting_loss = None
         if losses:
             with self._guarded("loss"):
-                device = losses[0].device
-                landing.loss = HostCopy(torch.stack([loss.to(device, non_blocking=True) for loss in losses]).mean())
+                landing.loss = HostCopy(mean_loss(losses))
         if self._journal is not None:
             self._journal.put(landing)
 
@@ -463,12 +510,12 @@ class Monitor:
         previous, self._previous = self._previous, None
         if previous is None:
             return
-        record, errors = previous.peek()
+        record, self._errors_seen = previous.peek()
         if record.reason not in ("unsynced", "scaler_skip"):
             self._detector.update(record.grad_norm)
         for event in filter(None, (incident(record), *self._policy.update(record))):
             self._tell(event)
-        if errors and not self._withdrawn:
+        if self._errors_seen and not self._withdrawn:
             self._withdrawn = True
             self._say.once(
                 "gradmon failed on one of the ranks; from here on all ranks only watch, so that they stay equal"
@@ -522,7 +569,7 @@ class Monitor:
             if not self._topology.acts:
                 self._say.once(f"only watching, not acting: {self._topology.why}")
         if not agreement.equal_arithmetic and self._topology.acts and self._identity.rank == 0:
-            self._say.once("devices or thread counts differ between ranks: one more small all-reduce per step")
+            self._say.once("devices, thread counts or torch differ between ranks: one more small all-reduce per step")
         if self._identity.local_rank == 0 and self._config.agent.start == "auto":
             with self._guarded("agent"):
                 start_agent(plan.directory, self._config, self._say)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from gradmon import __version__, config, identity
+from gradmon import __version__, config, identity, kernels
 from gradmon.config import Config, Loaded
 from gradmon.handshake import Agreement, AttachError, Hello, agree
 from gradmon.record import RankIdentity
@@ -82,7 +82,7 @@ def agree_on(plan: Plan | None, problem: Exception | None) -> Agreement:
         settings=_settings(plan.config) if plan is not None else {},
         model=_described(plan) if plan is not None else "",
         version=__version__,
-        arithmetic=f"{plan.watched.device.type} {torch.get_num_threads()}" if plan is not None else "",
+        arithmetic=_arithmetic(plan.watched.device) if plan is not None else "",
         problem=None if problem is None else str(problem),
     )
     timeout = plan.config.attach_timeout_seconds if plan is not None else Config().attach_timeout_seconds
@@ -144,6 +144,13 @@ def _gpu_uuid(device: torch.device) -> str:
         return ""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return f"GPU-{str(uuid).removeprefix('GPU-')}" if uuid is not None else ""
+
+
+def _arithmetic(device: torch.device) -> str:
+    """What the last digits of a norm depend on."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    kernel = "kernel" if kernels.available(device) else "foreach"
+    return f"{_device_name(device)}, {cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kernel}"
 
 
 def _device_name(device: torch.device) -> str:

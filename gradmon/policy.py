@@ -88,6 +88,8 @@ def incident(record: StepRecord) -> Event | None:
     where += "" if record.micro_step is None else f", micro-step {record.micro_step}"
     if record.reason == "nonfinite":
         seen = f"{record.nan_count} NaN and {record.inf_count} Inf gradient elements"
+        if not record.nan_count and not record.inf_count:
+            seen = "a gradient norm that is not finite, of finite gradients (too large, or a rank could not measure)"
     else:
         seen = f"gradient norm {record.grad_norm:.3g} above the limit {record.grad_norm_limit or 0:.3g}"
     done = _DONE[record.action] if record.applied else f"only watched; would have {_DONE[record.action]}"

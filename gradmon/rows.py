@@ -15,13 +15,15 @@ from gradmon import stats
 
 #: `parameter` is the number, from 1, of the first one that is not finite, in the order backward came to them; where all
 #: are finite, of the one with the largest norm. `micro_step` is the backward, from 1, after which that was so. `losses`
-#: is 1 if `loss` was observed. `norm` and `left` are filled only where ranks may differ in them (see `measuring`).
+#: is 1 if `loss` was observed. The last three are filled only where rows travel at step time (see `measuring`): there
+#: ranks may differ in the norm, in what the script's clip has left of it, and in whether gradients were averaged.
 ROW = (
     "sum_of_squares", "nan_count", "inf_count", "parameter", "micro_step", "loss", "losses", "errors", "norm", "left",
+    "synced",
 )  # fmt: skip
 (
     ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_PARAMETER, ROW_MICRO_STEP, ROW_LOSS, ROW_LOSSES, ROW_ERRORS, ROW_NORM,
-    ROW_LEFT,
+    ROW_LEFT, ROW_SYNCED,
 ) = range(len(ROW))  # fmt: skip
 
 
@@ -47,15 +49,21 @@ def rank_row(
     place = torch.nan_to_num(squares_P, nan=math.inf, posinf=math.inf).argmax()
     row[ROW_PARAMETER] = order_P.take(place)  # take, not order_P[place]: an index that is a tensor is read on the host
     row[ROW_MICRO_STEP].fill_(micro_step)
-    if isinstance(loss, Tensor) and loss.device.type == row.device.type:
-        row[ROW_LOSS] = loss
-        row[ROW_LOSSES].fill_(1)
-    elif loss is not None and (not isinstance(loss, Tensor) or stats.reads_are_free(loss.device)):
-        row[ROW_LOSS].fill_(float(loss))
-        row[ROW_LOSSES].fill_(1)
+    put_loss(row, loss)
     if errors:
         row[ROW_ERRORS].fill_(errors)
     return row
+
+
+def put_loss(row: Tensor, loss: Tensor | float | None) -> None:
+    """Write a loss into a row_R; one that can't be had there without waiting is left out."""
+    if isinstance(loss, Tensor) and loss.device.type == row.device.type:
+        row[ROW_LOSS] = loss
+    elif loss is not None and (not isinstance(loss, Tensor) or stats.reads_are_free(loss.device)):
+        row[ROW_LOSS].fill_(float(loss))
+    else:
+        return
+    row[ROW_LOSSES].fill_(1)
 
 
 def share_rows(row: Tensor, rank: int, world_size: int, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:
@@ -71,11 +79,17 @@ def whole(rows: Tensor) -> Tensor:
     return finite
 
 
-def first_broken(rows_MR: Tensor) -> Tensor:
-    """row_R: of the backward that broke one rank's gradients for good, or of the last one. Nothing is read back.
+def first_broken(rows_MR: Tensor, *, lasting: bool) -> Tensor:
+    """row_R: of the backward that broke one rank's gradients, or of the last one. Nothing is read back.
 
-    Accumulated gradients stay broken: what was whole after it had been broken was thrown away in between.
+    Args:
+        rows_MR: in the order of the backwards.
+        lasting: True where gradients accumulate and so stay broken: what was whole after it had been broken was thrown
+            away in between. False where each backward is reduced by itself: then the first counts.
     """
     broken_M = rows_MR[:, ROW_SUM_OF_SQUARES].isfinite().logical_not_()
-    run = broken_M.flip(0).long().cumprod(0).sum().clamp_(min=1)  # how many at the end are broken
-    return rows_MR.index_select(0, (len(rows_MR) - run).view(1))[0]
+    if lasting:
+        run = broken_M.flip(0).long().cumprod(0).sum().clamp_(min=1)  # how many at the end are broken
+        return rows_MR.index_select(0, (len(rows_MR) - run).view(1))[0]
+    broken_M[-1] = True  # argmax takes the first: the last where none was broken
+    return rows_MR.index_select(0, broken_M.int().argmax().view(1))[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 
@@ -28,6 +29,7 @@ class ScalerWatch:
         self._left_out = left_out
         self._original: Any = None
         self._wrapper: Any = None
+        self._scaler: GradScaler | None = None
         self._scale: Tensor | None = None
         self._stepping: Optimizer | None = None
         self._came = False
@@ -35,6 +37,11 @@ class ScalerWatch:
     def scale_of(self, optimizer: Optimizer) -> Tensor | None:
         """The loss scale, if a scaler is stepping this optimizer now; 0-dim or of one element, on its device."""
         return self._scale if optimizer is self._stepping else None
+
+    def carries_scale(self, optimizer: Optimizer) -> bool:
+        """True if the scaler that steps now has not unscaled this optimizer's gradients yet."""
+        state = {} if self._scaler is None else self._scaler._per_optimizer_states.get(id(optimizer), {})
+        return self._scaler is not None and state.get("stage", OptState.READY) is OptState.READY
 
     def came(self, optimizer: Optimizer) -> None:
         """The optimizer's own step has been called."""
@@ -49,14 +56,14 @@ class ScalerWatch:
         def watched(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if self._wrapper is None or not scaler.is_enabled() or not self._ours(optimizer):
                 return original(scaler, optimizer, *args, **kwargs)
-            self._stepping, self._scale, self._came = optimizer, scaler._scale, False
+            self._scaler, self._stepping, self._scale, self._came = scaler, optimizer, scaler._scale, False
             try:
                 result = original(scaler, optimizer, *args, **kwargs)
                 if not self._came:
                     self._left_out(optimizer)
                 return result
             finally:
-                self._stepping = self._scale = None
+                self._scaler = self._stepping = self._scale = None
 
         self._wrapper = watched
         GradScaler.step = watched  # type: ignore[method-assign, assignment]

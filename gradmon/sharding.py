@@ -23,7 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradmon import stats
-from gradmon.rows import ROW, ROW_LEFT, ROW_SUM_OF_SQUARES, rank_row
+from gradmon.rows import ROW, ROW_LEFT, first_broken, rank_row
+
+#: Backwards of one step that are remembered.
+_MOST_BACKWARDS = 64
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -53,7 +56,6 @@ class Sharding:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._weights: dict[tuple[float, ...], Tensor] = {}
 
     def share(self, stats_PK: Tensor, row: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The one all-reduce of a step; every rank must come, with vectors of the same length.
@@ -92,10 +94,7 @@ class Sharding:
         The placements are the gradients' own, which may be others than their parameters'.
         """
         shares = tuple(1.0 / replicas(g, self.world_size) for g in gradients)
-        weights = self._weights.get(shares)
-        if weights is None:
-            weights = torch.tensor(shares, dtype=torch.float64).unsqueeze(1).to(stats_QK.device)
-            self._weights = {shares: weights}
+        weights = stats.constants(shares, stats_QK.device).unsqueeze(1)
         stats_QK[:, : stats.SUMS] *= weights
 
     def settle(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -139,11 +138,14 @@ class ShardedBackward:
         self._fresh: list[dict[int, tuple[Tensor, tuple[int, ...]]]] = []
         self._taken = self._fresh
         self._reduced = 0
+        self._last_reduced = False
+        self._active = False
         self.synced_backwards = 0
         """Backwards of the gradients taken last that were reduced."""
 
     def start(self) -> None:
         """Listen from the next backward on."""
+        self._active = True
         for number, group in enumerate(self._groups):
             original = group.post_backward
 
@@ -160,7 +162,8 @@ class ShardedBackward:
             self._wrapped.append((group, watched))
 
     def stop(self) -> None:
-        """Leave FSDP2's own methods in place, unless somebody has wrapped ours since."""
+        """Leave FSDP2's own methods in place; where somebody has wrapped ours since, ours only passes through."""
+        self._active = False
         for group, watched in self._wrapped:
             if vars(group).get("post_backward") is watched:
                 del group.post_backward
@@ -191,7 +194,7 @@ class ShardedBackward:
             rows.append(rank_row(stats_PK, order_P, micro_step=micro_step, loss=loss, errors=errors))
         if not rows:
             return None
-        return _first_broken(torch.stack(rows)) if len(rows) > 1 else rows[0]
+        return first_broken(torch.stack(rows), lasting=False) if len(rows) > 1 else rows[0]
 
     def local(self) -> tuple[Tensor, tuple[int, ...]] | None:
         """stats_PK of the newest backward, and its parameters' numbers."""
@@ -200,25 +203,30 @@ class ShardedBackward:
         parts = self._taken[-1].values()
         return torch.cat([part for part, _ in parts]), tuple(n for _, numbers in parts for n in numbers)
 
+    @property
+    def came(self) -> bool:
+        """True if a backward has run since gradients were taken."""
+        return bool(self._fresh)
+
+    def _nothing_left(self) -> bool:
+        """Asked when the first group of a backward is done and before it is reduced, after one that was reduced."""
+        return all(p.sharded_param.grad is None for group in self._groups for p in group.fsdp_params)
+
     def _measure(self, number: int, group: Any) -> None:
-        if not (group.reduce_grads or self._micro):
+        if not self._active or not (group.reduce_grads or self._micro):
             return
         found = [(p, g) for p in group.fsdp_params if (g := _unsharded_gradient(p)) is not None]
         found = [(p, g) for p, g in found if id(p.sharded_param) in self._numbers]
         if not found:  # called a second time at the end of backward
             return
         if not self._fresh or number in self._fresh[-1]:  # a group comes once in a backward
-            self._fresh.append({})
-            self._reduced += bool(group.reduce_grads)
+            if self._last_reduced and self._nothing_left():  # the script has thrown it away since
+                self._fresh, self._reduced = [], 0
+            self._fresh = [*self._fresh[1 - _MOST_BACKWARDS :], {}]
+            self._last_reduced = bool(group.reduce_grads)
+            self._reduced += self._last_reduced
         numbers = tuple(self._numbers[id(p.sharded_param)] for p, _ in found)
         self._fresh[-1][number] = (stats.measure([g for _, g in found], extremes=False, zeros=False), numbers)
-
-
-def _first_broken(rows_MR: Tensor) -> Tensor:
-    """Where each backward is reduced by itself, a later one that is whole does not take the NaN away."""
-    broken_M = rows_MR[:, ROW_SUM_OF_SQUARES].isfinite().logical_not_()
-    broken_M[-1] = True  # index of the first True: the last where none was broken
-    return rows_MR.index_select(0, broken_M.int().argmax().view(1))[0]
 
 
 def _unsharded_gradient(parameter: Any) -> Tensor | None:

@@ -91,7 +91,7 @@ def measure(
     plain = all(type(g) is Tensor and g.layout is torch.strided and not g.is_complex() for g in gradients)
     values = list(gradients) if plain else [dense(g) for g in gradients]
     if not values:
-        return torch.zeros(0, len(STATISTICS), dtype=torch.float64)
+        return torch.zeros(0, len(STATISTICS), dtype=torch.float64, device="cpu")
     device = values[0].device
     if any(v.device != device for v in values):
         parts = [measure([v], extremes=extremes, zeros=zeros, host_reads=host_reads) for v in values]
@@ -133,7 +133,7 @@ def _finite_or(value: Tensor, other: float) -> Tensor:
 
 
 def _measure_on_host(values: Sequence[Tensor], extremes: bool, zeros: bool) -> Tensor:
-    stats_PK = torch.full((len(values), len(STATISTICS)), math.nan, dtype=torch.float64)
+    stats_PK = torch.full((len(values), len(STATISTICS)), math.nan, dtype=torch.float64, device="cpu")
     values = [v if v.is_contiguous() else flat(v) for v in values]  # some operations would copy them, each anew
     squares_P = _sums_of_squares(values)
     stats_PK[:, SUM_OF_SQUARES] = squares_P
@@ -145,9 +145,11 @@ def _measure_on_host(values: Sequence[Tensor], extremes: bool, zeros: bool) -> T
     if extremes:
         _put_extremes(stats_PK, values, frozenset(doubtful))
     if zeros:
-        stats_PK[:, ZERO_COUNT] = torch.tensor([v.numel() - int(v.count_nonzero()) for v in values]).double()
+        stats_PK[:, ZERO_COUNT] = torch.tensor(
+            [v.numel() - int(v.count_nonzero()) for v in values], device="cpu"
+        ).double()
     for p in doubtful:  # rare, so it may cost more passes
-        stats_PK[p] = torch.tensor(_careful(flat(values[p])), dtype=torch.float64)
+        stats_PK[p] = torch.tensor(_careful(flat(values[p])), dtype=torch.float64, device="cpu")
     return stats_PK
 
 
@@ -171,7 +173,7 @@ def _sums_of_squares(values: Sequence[Tensor]) -> Tensor:
         else:
             large.append((p, flat(value)))
             counts.append(0)
-    squares_P = torch.zeros(len(values), dtype=torch.float64)
+    squares_P = torch.zeros(len(values), dtype=torch.float64, device="cpu")
     if pieces:
         wide = any(piece.dtype == torch.float64 for piece in pieces)
         norms = torch._foreach_norm(pieces, 2, dtype=torch.float64 if wide else torch.float32)
@@ -187,7 +189,7 @@ def _sums_of_squares(values: Sequence[Tensor]) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _owners(counts: tuple[int, ...]) -> Tensor:
     """For each piece the number, from 0, of the parameter it is of."""
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return torch.repeat_interleave(torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu"))
 
 
 def _large_sum_of_squares(value: Tensor) -> Tensor:
@@ -240,3 +242,9 @@ def _careful(value: Tensor) -> list[float]:
 def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
     """A constant on a device: copied there once, since each copy of host memory is a synchronisation."""
     return torch.tensor(values, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The same for numbers that are not whole, in float64."""
+    return torch.tensor(values, dtype=torch.float64, device=device)

@@ -25,6 +25,8 @@ _OPTIMIZER_SOURCE = Optimizer.profile_hook_step.__code__.co_filename
 class StepInProgress:
     """The step in progress."""
 
+    number: int
+    """From 1."""
     measured: Measured
     verdict: Verdict
     limits: Limits
@@ -98,6 +100,6 @@ def unchanged(marks: Marks, gradients: list[Tensor]) -> bool:
     )
 
 
-def gradients_of(optimizer: Optimizer) -> list[Tensor]:
-    """The gradients that are there, in the order of the groups."""
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def same_tensors(marks: Marks, gradients: list[Tensor]) -> bool:
+    """True if these are the tensors that were marked, whatever has been written to them since."""
+    return len(gradients) == len(marks) and all(m[0]() is g for m, g in zip(marks, gradients, strict=True))

@@ -57,6 +57,8 @@ class Topology:
     """Where local statistics come from, with DDP."""
     taken: bool = False
     """True if a hook of the script's was registered with DDP before ours could be."""
+    averaged: frozenset[int] | None = None
+    """Under DDP, ids of the parameters whose gradients it averages; None elsewhere."""
     sharding: Sharding | None = None
     """How the ranks' parts add up, where each rank holds a part."""
 
@@ -135,6 +137,16 @@ def _plain(name: str) -> str:
     )
 
 
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All it holds, in the order of the groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients that are there, in the order of the groups."""
+    return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+
+
 def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
     """Tell how `model`'s gradients are averaged.
 
@@ -157,11 +169,14 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
         why = _why_not(plain.ddp, watched)
         if why:
             return watching(why, "ddp")
+        if getattr(plain.ddp, "_use_python_reducer", False):
+            return watching("compiled autograd averages the gradients (optimize_ddp='python_reducer')", "ddp")
+        averaged = _averaged(plain.ddp, watched)
         group = plain.ddp.process_group
         try:
-            return Topology("ddp", model, group=group, hook=local_hook(plain.ddp))
+            return Topology("ddp", model, group=group, hook=local_hook(plain.ddp), averaged=averaged)
         except HookTakenError:
-            return Topology("ddp", model, group=group, taken=True)
+            return Topology("ddp", model, group=group, taken=True, averaged=averaged)
     if len({p.device for p in watched.parameters}) > 1:
         return watching("parameters lie on several devices")
     if any(map(is_sharded, watched.parameters)):
@@ -182,6 +197,15 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
             f"WORLD_SIZE is {world_size} but there is no process group; attach after init_process_group and DDP(...)"
         )
     return plain
+
+
+def _averaged(model: DistributedDataParallel, watched: Watched) -> frozenset[int]:
+    """Ids of DDP's parameters. Others (frozen when it was made) have gradients that differ by rank: not watched."""
+    averaged = frozenset(map(id, getattr(model, "_module_parameters", model.module.parameters())))
+    kept = [(p, name) for p, name in zip(watched.parameters, watched.names, strict=True) if id(p) in averaged]
+    watched.parameters[:] = [p for p, _ in kept]
+    watched.names[:] = [name for _, name in kept]
+    return averaged
 
 
 #: Engines that average, clip and step by rules of their own, by the package their classes come from.

@@ -25,6 +25,8 @@ class UpdateSample:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = [dense(p.detach()) for p in parameters]
+        if len({p.device for p in self._parameters}) != 1:
+            raise ValueError("updates are measured of parameters on one device")
         each = max(_LEAST, _BUDGET // max(1, len(parameters)))
         self._strides = [_stride(p, each) for p in self._parameters]
         self._before = [_sample(p, s).clone() for p, s in zip(self._parameters, self._strides, strict=True)]

@@ -102,7 +102,7 @@ def test_nothing_over_nothing() -> None:
     sample = UpdateSample([at_zero, moving, still, empty])
     moving += 1
     ratios_P, ratio = sample.ratios()
-    assert ratios_P.tolist() == pytest.approx([math.nan, math.inf, 0, math.nan], nan_ok=True)
+    assert ratios_P.tolist() == pytest.approx([math.nan, math.nan, 0, math.nan], nan_ok=True)
     assert float(ratio) == pytest.approx(1.0)
     ratios_P, ratio = UpdateSample([at_zero, empty]).ratios()
     assert all(map(math.isnan, [*ratios_P.tolist(), float(ratio)]))
