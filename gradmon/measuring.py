@@ -268,6 +268,29 @@ class Measurer:
         squares = stats_QK[:, stats.SUM_OF_SQUARES].sum()
         return squares if self._topology.sharding is not None else squares.sqrt()
 
+    def unscale(self, measured: Measured, left: Tensor | None, scale: Tensor, scaled: set[int]) -> None:
+        """Divide a GradScaler's factor out of what still carries it, before it is shared.
+
+        Args:
+            measured: changed in place.
+            left: changed in place; None if the script has not clipped.
+            scale: the factor, one element.
+            scaled: ids of the parameters whose gradients have not been unscaled yet.
+        """
+        factor = scale.to(measured.norm).reshape(())
+        carries = [id(self.watched.parameters[number - 1]) in scaled for number in measured.numbers]
+        if measured.from_backward or all(carries):
+            measured.rows = measured.rows.clone()
+            measured.rows[:, ROW_SUM_OF_SQUARES] /= factor.square()
+        if any(carries):
+            factor_Q1 = 1 + stats.constants(tuple(map(float, carries)), factor.device).unsqueeze(1) * (factor - 1)
+            measured.stats_QK = measured.stats_QK.clone()
+            measured.stats_QK[:, stats.SUM_OF_SQUARES] /= factor_Q1[:, 0].square()
+            measured.stats_QK[:, stats.ABS_MAX :] /= factor_Q1
+            measured.norm = stats.total_norm(measured.stats_QK)
+            if left is not None:
+                left /= factor if self._topology.sharding is None else factor.square()
+
     def share(self, measured: Measured, left: Tensor | None, *, extremes: bool, errors: int) -> Tensor:
         """Make `measured` that of all ranks. Every rank comes here in every step, in the same order.
 
@@ -509,24 +532,3 @@ class Measurer:
 def _comparable(norm: Tensor) -> Tensor:
     """NaN as Inf: the largest of several is then the worst."""
     return torch.nan_to_num(norm, nan=math.inf, posinf=math.inf)
-
-
-def unscale(measured: Measured, scale: Tensor, scaled: frozenset[int]) -> None:
-    """Divide a GradScaler's factor out of what still carries it, before it is shared.
-
-    Args:
-        measured: changed in place.
-        scale: the factor, one element.
-        scaled: numbers of the parameters whose gradients have not been unscaled yet.
-    """
-    factor = scale.to(measured.norm).reshape(())
-    carries = [number in scaled for number in measured.numbers]
-    if measured.from_backward or all(carries):
-        measured.rows = measured.rows.clone()
-        measured.rows[:, ROW_SUM_OF_SQUARES] /= factor.square()
-    if any(carries):
-        factor_Q1 = 1 + stats.constants(tuple(map(float, carries)), factor.device).unsqueeze(1) * (factor - 1)
-        measured.stats_QK = measured.stats_QK.clone()
-        measured.stats_QK[:, stats.SUM_OF_SQUARES] /= factor_Q1[:, 0].square()
-        measured.stats_QK[:, stats.ABS_MAX :] /= factor_Q1
-        measured.norm = stats.total_norm(measured.stats_QK)

@@ -17,7 +17,6 @@ import math
 import os
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -35,35 +34,32 @@ from gradmon.config import Config
 from gradmon.detector import Detector, Limits
 from gradmon.exits import ExitWatch
 from gradmon.handshake import Agreement, AttachError
-from gradmon.journal import JournalWriter, journal_path
 from gradmon.landing import HostCopy, LandingStep, land
 from gradmon.log import Announcer
 from gradmon.losses import MOST_LOSSES, mean_loss, plain_loss
-from gradmon.measuring import Measured, Measurer, unscale
+from gradmon.measuring import Measured, Measurer
 from gradmon.noise import NoiseScale
-from gradmon.plan import Plan, agree_on, identity_of, make_plan
+from gradmon.plan import Plan, agree_on, identity_of, make_plan, open_journal
 from gradmon.policy import Policy, incident
 from gradmon.record import Event
-from gradmon.resources import Sampler
 from gradmon.scaler import ScalerWatch
 from gradmon.stepping import (
     Marks,
+    Nesting,
     StepInProgress,
     has_closure,
-    inside_own_step,
+    is_due,
     marks_after,
     marks_of,
     same_tensors,
     unchanged,
     with_closure,
 )
-from gradmon.topology import gradients_of, parameters_of
+from gradmon.topology import gradients_of
 from gradmon.updates import UpdateSample
 
 #: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
 _DECIDING = frozenset({"local", "before_clip", "before_step", "act", "restore", "after_step"})
-
-
 _active: Monitor | None = None
 
 
@@ -133,7 +129,7 @@ class Monitor:
         self._actions = {o: OptimizerActions(o) for o in self._watched.optimizers}
         self._handles: list[Any] = []
         self._stepped: list[Optimizer] = []
-        self._depth: Counter[Optimizer] = Counter()
+        self._nesting = Nesting()
         self._marks: dict[Optimizer, Marks] = {}
         self._clip_marks: Marks = []
         self._measured: Measured | None = None
@@ -143,6 +139,7 @@ class Monitor:
         self._losses: list[Tensor] = []
         self._loss_follows: bool | None = None
         self._closure: Optimizer | None = None
+        self._one_device = len({p.device for p in self._watched.parameters}) == 1
         self._count = 0
         self._made = 0
         self._errors_seen = 0
@@ -153,14 +150,17 @@ class Monitor:
         self.run = self._identity.run
         self._say = Announcer(self._identity.rank)
         self._say.start()
-        self._journal = self._open_journal(plan)
+        self._journal = open_journal(plan, self._identity, self._failed, self._say.once)
         self.journal_path = None if self._journal is None else self._journal.path
         self._clip_watch = ClipWatch(self._before_clip)
         self._scaler_watch = ScalerWatch(lambda optimizer: optimizer in self._actions, self._left_out)
         self._exit_watch = ExitWatch()
         try:
             self._start_hooks()
-            self._tell_start(plan, agreement)
+            self._say_start(agreement)
+            if self._identity.local_rank == 0 and self._config.agent.start == "auto":
+                with self._guarded("agent"):
+                    start_agent(plan.directory, self._config, self._say)
         except Exception as error:
             self._close("exception", f"{type(error).__name__}: {error}")
             raise
@@ -252,7 +252,7 @@ class Monitor:
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._nested(optimizer):
+        if self._nesting.enters(optimizer):
             return None
         if self._watched.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._say.once("this step is captured in a CUDA graph, whose replays call no hooks: it is not watched")
@@ -289,8 +289,7 @@ class Monitor:
                 self._actions[optimizer].before(step.verdict, step.scale)
 
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        self._depth[optimizer] -= 1
-        if self._depth[optimizer] > 0:
+        if self._nesting.leaves(optimizer):
             return
         with self._guarded("restore"):
             self._actions[optimizer].after()
@@ -317,13 +316,6 @@ class Monitor:
         """A checkpoint taken after a step that raised must not save what was for that step only."""
         with self._guarded("restore"):
             self._actions[optimizer].restore()
-
-    def _nested(self, optimizer: Optimizer) -> bool:
-        """True if this is a base class's `step`, called by the optimizer's own: torch's hooks fire for both."""
-        if self._depth[optimizer] > 0 and not inside_own_step(optimizer):
-            self._depth[optimizer] = 0  # the step before raised, and never came to its post hook
-        self._depth[optimizer] += 1
-        return self._depth[optimizer] > 1
 
     def _before_clip(self, gradients: list[Tensor], writes: int) -> None:
         """The script is about to clip: measure now, what comes later is not what backward left."""
@@ -371,7 +363,7 @@ class Monitor:
             self._take_previous()
             limits = self._limits(optimizer)
         measured, left = self._measure_for(optimizer)
-        due = _due(self._config.measure.detail_every, self._count)
+        due = is_due(self._config.measure.detail_every, self._count)
         left = self._measurer.share(measured, left, extremes=due, errors=self._errors_seen)
         if not measured.synced and self._topology.acts:
             self._say.once(
@@ -401,7 +393,7 @@ class Monitor:
         )
         self._marks = {o: marks_of(gradients_of(o)) for o in self._actions} if len(self._actions) > 1 else {}
         with self._guarded("updates"):
-            if _due(self._config.measure.updates_every, self._count):
+            if self._one_device and is_due(self._config.measure.updates_every, self._count):
                 self._step.updates = UpdateSample(self._watched.parameters)
 
     def _measure_for(self, optimizer: Optimizer) -> tuple[Measured, Tensor | None]:
@@ -414,43 +406,30 @@ class Monitor:
         try:
             if clipped:
                 left = self._measurer.measure_left()
-            self._unscale(optimizer, measured, left)
+            scale, scaled = self._scaler_watch.scale_left(optimizer, self._actions)
+            if scale is not None:
+                self._measurer.unscale(measured, left, scale, scaled)
         except Exception as error:
             self._failed("before_step", error)
             measured, left = self._measurer.broken(), None
         return measured, left
 
-    def _unscale(self, optimizer: Optimizer, measured: Measured, left: Tensor | None) -> None:
-        """A GradScaler leaves the unscaling to a fused optimizer, and unscales others one after the other."""
-        scale = self._scaler_watch.scale_of(optimizer)
-        if scale is not None:
-            scaled = {id(p) for o in self._actions if self._scaler_watch.carries_scale(o) for p in parameters_of(o)}
-        else:
-            scale = getattr(optimizer, "grad_scale", None)
-            scaled = {id(p) for p in parameters_of(optimizer)}
-        if scale is None:
-            return
-        numbers = (n for n, p in enumerate(self._watched.parameters, start=1) if id(p) in scaled)
-        unscale(measured, scale, frozenset(numbers))
-        if left is not None and scaled:
-            left /= scale.to(left).reshape(()) ** (1 if self._topology.sharding is None else 2)
-
     def _limits(self, optimizer: Optimizer) -> Limits:
         limits = self._detector.limits()
-        if actions.evaluates_repeatedly(optimizer):
-            # It compares the gradients of one step with each other: skipping the first is exact, rescaling it is not.
-            if math.isfinite(limits.max_norm):
-                self._say.once(f"clip.max_norm has no effect on {type(optimizer).__name__}, which compares gradients")
-            return Limits(spike_above=limits.spike_above)
-        return limits
+        if not actions.evaluates_repeatedly(optimizer):
+            return limits
+        # It compares the gradients of one step with each other: skipping the first is exact, rescaling it is not.
+        if math.isfinite(limits.max_norm):
+            self._say.once(f"clip.max_norm has no effect on {type(optimizer).__name__}, which compares gradients")
+        return Limits(spike_above=limits.spike_above)
 
     def _measure(self, number: int) -> Measured:
         """The gradients of step `number`; what `Measurer.broken` says where that fails."""
         every = self._config.measure
         try:
             return self._measurer.measure(
-                extremes=_due(every.detail_every, number),
-                zeros=_due(every.zeros_every, number),
+                extremes=is_due(every.detail_every, number),
+                zeros=is_due(every.zeros_every, number),
                 alarm=self._detector.limits().spike_above,
             )
         except Exception as error:
@@ -544,35 +523,17 @@ class Monitor:
             )
         self._exit_watch.start()
 
-    def _open_journal(self, plan: Plan) -> JournalWriter | None:
-        try:
-            return JournalWriter(
-                journal_path(plan.directory, self._identity),
-                self._identity,
-                parameters=self._watched.names,
-                elements=[p.numel() for p in self._watched.parameters],
-                config=self._config.to_dict(),
-                sample=Sampler(self._watched.device, self._failed),
-                max_bytes=self._config.journal_mib << 20,
-                on_error=self._failed,
-            )
-        except Exception as error:
-            self._say.once(f"no journal for this rank, training goes on without it: {error}")
-            return None
-
-    def _tell_start(self, plan: Plan, agreement: Agreement) -> None:
-        if self._identity.rank == 0:
-            mode = "guarding" if self._acts else "watching"
-            self._say.once(f"{mode} run {self.run} ({self._identity.world_size} ranks)", logging.INFO)
-            if "~" in self.run:
-                self._say.once(f"another run of that name is alive: this one is called {self.run} in metrics and page")
-            if not self._topology.acts:
-                self._say.once(f"only watching, not acting: {self._topology.why}")
-        if not agreement.equal_arithmetic and self._topology.acts and self._identity.rank == 0:
+    def _say_start(self, agreement: Agreement) -> None:
+        if self._identity.rank != 0:
+            return
+        mode = "guarding" if self._acts else "watching"
+        self._say.once(f"{mode} run {self.run} ({self._identity.world_size} ranks)", logging.INFO)
+        if "~" in self.run:
+            self._say.once(f"another run of that name is alive: this one is called {self.run} in metrics and page")
+        if not self._topology.acts:
+            self._say.once(f"only watching, not acting: {self._topology.why}")
+        elif not agreement.equal_arithmetic:
             self._say.once("devices, thread counts or torch differ between ranks: one more small all-reduce per step")
-        if self._identity.local_rank == 0 and self._config.agent.start == "auto":
-            with self._guarded("agent"):
-                start_agent(plan.directory, self._config, self._say)
 
     def _tell(self, event: Event) -> None:
         """The culprit speaks of what is its own, rank 0 of the rest."""
@@ -637,8 +598,3 @@ class Monitor:
             self._journal.close(end, detail)
         self._say.stop()
         atexit.unregister(self._at_exit)
-
-
-def _due(every: int, step: int) -> bool:
-    """True for the first step and every so-many-th; never for 0."""
-    return every > 0 and (step == 1 or step % every == 0)

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 from gradmon import __version__, config, identity, kernels
 from gradmon.config import Config, Loaded
 from gradmon.handshake import Agreement, AttachError, Hello, agree
+from gradmon.journal import JournalWriter, journal_path
 from gradmon.record import RankIdentity
+from gradmon.resources import Sampler
 from gradmon.topology import Topology, Watched, recognise, watch
 
 #: Settings that may differ between ranks: they say where things lie on a node, not what is decided.
@@ -155,3 +157,23 @@ def _arithmetic(device: torch.device) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def open_journal(
+    plan: Plan, identity: RankIdentity, failed: Callable[[str, Exception], None], say: Callable[[str], None]
+) -> JournalWriter | None:
+    """This rank's journal; None, and a word about it, if there can be none."""
+    try:
+        return JournalWriter(
+            journal_path(plan.directory, identity),
+            identity,
+            parameters=plan.watched.names,
+            elements=[p.numel() for p in plan.watched.parameters],
+            config=plan.config.to_dict(),
+            sample=Sampler(plan.watched.device, failed),
+            max_bytes=plan.config.journal_mib << 20,
+            on_error=failed,
+        )
+    except Exception as error:
+        say(f"no journal for this rank, training goes on without it: {error}")
+        return None

@@ -7,13 +7,15 @@ nothing shows the scale any more. So `GradScaler.step` is wrapped while gradmon 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+
+from gradmon.topology import parameters_of
 
 
 class ScalerWatch:
@@ -38,10 +40,17 @@ class ScalerWatch:
         """The loss scale, if a scaler is stepping this optimizer now; 0-dim or of one element, on its device."""
         return self._scale if optimizer is self._stepping else None
 
-    def carries_scale(self, optimizer: Optimizer) -> bool:
-        """True if the scaler that steps now has not unscaled this optimizer's gradients yet."""
-        state = {} if self._scaler is None else self._scaler._per_optimizer_states.get(id(optimizer), {})
-        return self._scaler is not None and state.get("stage", OptState.READY) is OptState.READY
+    def scale_left(self, optimizer: Optimizer, all_of_them: Iterable[Optimizer]) -> tuple[Tensor | None, set[int]]:
+        """What the gradients must still be divided by, and the ids of the parameters whose gradients carry it.
+
+        A GradScaler leaves the unscaling to a fused optimizer, and unscales others one after the other, each at its own
+        step. The factor is None where nothing is scaled; local gradients carried it in any case.
+        """
+        if self._scaler is None or optimizer is not self._stepping:  # another scaler, that only speaks to the kernel
+            return getattr(optimizer, "grad_scale", None), set(map(id, parameters_of(optimizer)))
+        states = self._scaler._per_optimizer_states
+        scaled = [o for o in all_of_them if states.get(id(o), {}).get("stage", OptState.READY) is OptState.READY]
+        return self._scale, {id(p) for o in scaled for p in parameters_of(o)}
 
     def came(self, optimizer: Optimizer) -> None:
         """The optimizer's own step has been called."""

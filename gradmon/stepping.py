@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,26 @@ def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return (len(args) > 1 and callable(args[1])) or callable(kwargs.get("closure"))
 
 
-def inside_own_step(optimizer: Optimizer) -> bool:
+class Nesting:
+    """Tells an optimizer's own step from a base class's that it calls: torch's hooks fire for both."""
+
+    def __init__(self) -> None:
+        self._depth: Counter[Optimizer] = Counter()
+
+    def enters(self, optimizer: Optimizer) -> bool:
+        """To be called before every step; True for one inside another."""
+        if self._depth[optimizer] > 0 and not _inside_own_step(optimizer):
+            self._depth[optimizer] = 0  # the step before raised, and never came to its post hook
+        self._depth[optimizer] += 1
+        return self._depth[optimizer] > 1
+
+    def leaves(self, optimizer: Optimizer) -> bool:
+        """To be called after every step; True for one inside another."""
+        self._depth[optimizer] -= 1
+        return self._depth[optimizer] > 0
+
+
+def _inside_own_step(optimizer: Optimizer) -> bool:
     """True if torch's wrapper of `step` is on the call stack twice for this optimizer. Asked only in doubt."""
     frame, wrappers = sys._getframe(), 0
     while frame.f_back is not None:
@@ -103,3 +123,8 @@ def unchanged(marks: Marks, gradients: list[Tensor]) -> bool:
 def same_tensors(marks: Marks, gradients: list[Tensor]) -> bool:
     """True if these are the tensors that were marked, whatever has been written to them since."""
     return len(gradients) == len(marks) and all(m[0]() is g for m, g in zip(marks, gradients, strict=True))
+
+
+def is_due(every: int, step: int) -> bool:
+    """True for the first step and every so-many-th; never for 0."""
+    return every > 0 and (step == 1 or step % every == 0)

@@ -201,7 +201,8 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
 
 def _averaged(model: DistributedDataParallel, watched: Watched) -> frozenset[int]:
     """Ids of DDP's parameters. Others (frozen when it was made) have gradients that differ by rank: not watched."""
-    averaged = frozenset(map(id, getattr(model, "_module_parameters", model.module.parameters())))
+    held = getattr(model, "_module_parameters", model.module.parameters())
+    averaged = frozenset(id(p) for p in held if p.requires_grad)
     kept = [(p, name) for p, name in zip(watched.parameters, watched.names, strict=True) if id(p) in averaged]
     watched.parameters[:] = [p for p, _ in kept]
     watched.names[:] = [name for _, name in kept]

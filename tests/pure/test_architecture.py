@@ -32,7 +32,7 @@ WITHIN = {
     "measuring": {"backward", "local", "rows", "sharding", "stats", "topology"}, "updates": {"stats"},
     "actions": {"detector", "stats"}, "stepping": {"actions", "detector", "measuring", "updates"},
     "landing": {"actions", "detector", "noise", "policy", "rows", "stats", "stepping"},
-    "layers": {"record"}, "cli": {"demo"},
+    "scaler": {"topology"}, "layers": {"record"}, "cli": {"demo"},
 }  # fmt: skip
 PURE = {"record", "metrics", "detector", "policy", "layers", "noise"}
 

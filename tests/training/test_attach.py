@@ -102,7 +102,7 @@ def test_a_journal_that_cannot_be_opened_costs_the_journal_only(
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gradmon.monitor.JournalWriter", refuse)
+    monkeypatch.setattr("gradmon.plan.JournalWriter", refuse)
     model, optimizer = parts()
     with gradmon.attach(model, optimizer) as monitor:
         some_steps(model, optimizer)

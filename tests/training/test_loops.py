@@ -158,7 +158,7 @@ def test_a_step_that_raised_does_not_end_the_guard(directory: Path) -> None:
                 assert toy.equal(before, after)
             else:
                 torch.testing.assert_close([p - 1e-2 * g for p, g in zip(before, gradients, strict=True)], after)
-        assert monitor._depth[optimizer] == 0
+        assert monitor._nesting._depth[optimizer] == 0
 
 
 def test_gradients_broken_after_the_clip_are_seen(directory: Path) -> None:
