@@ -446,27 +446,31 @@ def test_a_row_carries_errors_and_micro_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("squares", "chosen"),
+    ("squares", "chosen", "first"),
     [
-        ([1.0], 1),
-        ([math.nan], 1),
-        ([1.0, 2.0, 3.0], 3),
-        ([1.0, math.nan, math.nan], 2),
-        ([math.inf, math.nan, math.inf], 1),
-        ([1.0, 2.0, math.inf], 3),
-        ([math.nan, 1.0, 2.0], 3),  # thrown away in between
-        ([math.nan, 1.0, math.inf, math.nan], 3),
-        ([math.inf, math.nan, 1.0, math.nan], 4),
+        ([1.0], 1, 1),
+        ([math.nan], 1, 1),
+        ([1.0, 2.0, 3.0], 3, 3),
+        ([1.0, math.nan, math.nan], 2, 2),
+        ([math.inf, math.nan, math.inf], 1, 1),
+        ([1.0, 2.0, math.inf], 3, 3),
+        ([math.nan, 1.0, 2.0], 3, 1),  # thrown away in between
+        ([math.nan, 1.0, math.inf, math.nan], 3, 1),
+        ([math.inf, math.nan, 1.0, math.nan], 4, 1),
     ],
 )
-def test_first_broken(squares: list[float], chosen: int) -> None:
-    """Accumulated gradients stay broken: of the broken backwards up to the end, the first; else the last backward."""
+def test_first_broken(squares: list[float], chosen: int, first: int) -> None:
+    """Accumulated gradients stay broken: of the broken backwards up to the end, the first; else the last backward.
+
+    Where each backward is reduced by itself, the first broken one of all.
+    """
     rows_MR = torch.zeros(len(squares), len(ROW), dtype=torch.float64)
     rows_MR[:, ROW.index("sum_of_squares")] = torch.tensor(squares, dtype=torch.float64)
     rows_MR[:, ROW.index("micro_step")] = torch.arange(1, len(squares) + 1)
-    row = first_broken(rows_MR)
+    row = first_broken(rows_MR, lasting=True)
     assert row.shape == (len(ROW),)
     assert int(row[ROW.index("micro_step")]) == chosen
+    assert int(first_broken(rows_MR, lasting=False)[ROW.index("micro_step")]) == first
 
 
 def test_reading_is_free_on_the_cpu_alone() -> None:
