@@ -113,12 +113,16 @@ class BackwardWatch:
         return row
 
     def _hook_of(self, number: int) -> Callable[[Tensor], None]:
+        current, at_arrival = torch._C._current_graph_task_id, self._at_arrival
+
         def arrived(parameter: Tensor) -> None:
+            task = current()
+            if task == self._task and not at_arrival:  # the usual case: this runs for every parameter
+                return
             try:
-                task = torch._C._current_graph_task_id()
                 if task != self._task and not _inside_another(parameter):
                     self._begin(task, parameter)
-                if self._at_arrival and parameter.grad is not None:
+                if at_arrival and parameter.grad is not None:
                     with torch.no_grad():
                         self._arrived.append((number, stats.measure([parameter.grad], extremes=False, zeros=False)))
             except Exception as error:
