@@ -58,6 +58,7 @@ class Task:
     config: dict[str, Any] = field(default_factory=dict)
     copies_at: tuple[int, ...] = ()
     seed: int = 0
+    first_feature_zero: bool = False
     bf16: bool = False
     """FSDP2 computes in bf16 and reduces in float32."""
     scaler: tuple[int, ...] | None = None
@@ -137,6 +138,8 @@ def spread(model: Net, kind: str, *, bf16: bool = False) -> nn.Module:
 def batch(task: Task, data: int, step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     generator = torch.Generator().manual_seed(((task.seed * 100 + data) * 1000 + step) * 10 + micro)
     inputs = torch.randn(BATCH, toy.FEATURES, generator=generator)
+    if task.first_feature_zero:
+        inputs[:, 0] = 0
     return inputs, inputs.sum(1, keepdim=True) * 0.1, 1000.0 if (data, step) in task.spike else 1.0
 
 
@@ -278,6 +281,17 @@ def reference(task: Task, world: int) -> list[tuple[float, list[float]]]:
             nn.utils.clip_grad_norm_(model.parameters(), task.clip)
         optimizer.step()
     return norms
+
+
+def first_gradients(task: Task, world: int) -> list[torch.Tensor]:
+    """The mean gradients of the first step by plain torch, in float64."""
+    model, count = build(task.seed), data_ranks(task.kind, world)
+    every = []
+    for data in range(count):
+        model.zero_grad()
+        loss_of(model, task, data, 1, 1).backward()
+        every.append([p.grad.double() for p in model.parameters()])
+    return [sum(parts) / count for parts in zip(*every, strict=True)]
 
 
 def _norm(gradients: list[torch.Tensor]) -> float:

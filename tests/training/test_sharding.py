@@ -87,6 +87,26 @@ def test_norms_are_those_of_plain_torch(ranks: Ranks, kind: str, clip: float | N
         assert all(o.grad_norm == record.grad_norm for o in others), "equal to the last bit on all ranks"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "kind"),
+    [(2, "ddp"), (3, "fsdp2"), (4, "hsdp"), (2, "tensor_parallel"), (2, "sequence_parallel"), (4, "fsdp2+tp")],
+    indirect=["ranks"],
+)
+def test_full_statistics_do_not_depend_on_the_spread(ranks: Ranks, kind: str, tmp_path: Path) -> None:
+    """Extremes and counts over parts, replicas and empty shards; the input's first feature is 0, so zeros are there."""
+    task = Task(str(tmp_path), kind, steps=2, optimizer="sgd1", first_feature_zero=True)
+    expected = torch.cat([g.flatten() for g in sharded.first_gradients(task, ranks.world_size)])
+    assert int((expected == 0).sum()) >= 33, "there must be zeros"
+    for result in ranks.run(sharded.train, task):
+        step = records(result)[1]
+        assert step.grad_abs_max == pytest.approx(float(expected.abs().max()), rel=1e-5)
+        assert step.grad_min == pytest.approx(float(expected.min()), rel=1e-5)
+        assert step.grad_max == pytest.approx(float(expected.max()), rel=1e-5)
+        assert step.zero_count == int((expected == 0).sum())
+        assert step.element_count == expected.numel()
+        assert (step.nan_count, step.inf_count) == (0, 0)
+
+
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize(
     ("ranks", "kind"),
