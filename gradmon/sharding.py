@@ -260,8 +260,9 @@ def describe(model: nn.Module, parameters: Sequence[Tensor], world_size: int) ->
         mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
         if mesh.size() != world_size:
             why = (
-                f"a device mesh holds {mesh.size()} of {world_size} ranks (pipeline or expert parallelism?), and the "
-                f"others hold other parameters"
+                f"a device mesh holds {mesh.size()} of {world_size} ranks, and the others may hold other parameters "
+                f"(pipeline or expert parallelism?); beside tensor parallelism, give every module a plan, so that each "
+                f"parameter lies on the whole mesh"
             )
             return kind, why
         if any(placement.is_partial() for placement in parameter.placements):  # type: ignore[attr-defined]
