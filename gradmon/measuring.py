@@ -282,6 +282,11 @@ class Measurer:
         if measured.from_backward or all(carries):
             measured.rows = measured.rows.clone()
             measured.rows[:, ROW_SUM_OF_SQUARES] /= factor.square()
+        if measured.local is not None:
+            local_PK, numbers = measured.local[0].clone(), measured.local[1]
+            local_PK[:, stats.SUM_OF_SQUARES] /= factor.square()
+            local_PK[:, stats.ABS_MAX :] /= factor
+            measured.local = (local_PK, numbers)
         if any(carries):
             factor_Q1 = 1 + stats.constants(tuple(map(float, carries)), factor.device).unsqueeze(1) * (factor - 1)
             measured.stats_QK = measured.stats_QK.clone()
@@ -328,7 +333,12 @@ class Measurer:
         shared_PK, measured.rows, left_square = sharding.share(full_PK, measured.rows[0], own)
         if extremes:
             sharding.share_extremes(shared_PK)
-        measured.stats_QK, measured.numbers = shared_PK, tuple(range(1, len(shared_PK) + 1))
+        else:
+            shared_PK[:, stats.ABS_MAX :] = math.nan  # those of this rank's parts are not global ones
+        measured.stats_QK = shared_PK
+        if len(measured.numbers) < len(shared_PK):
+            present = stats.numbers(tuple(n - 1 for n in measured.numbers), shared_PK.device)
+            measured.stats_QK = shared_PK.index_select(0, present)
         measured.norm, measured.shared, measured.full = stats.total_norm(shared_PK), True, extremes
         self._settled = False
         return left_square.sqrt()

@@ -6,7 +6,9 @@ import gc
 import logging
 import math
 import os
+import sqlite3
 import weakref
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from toy import equal
 
 import gradmon
 from gradmon.journal import JournalView, read_journal
-from gradmon.record import StepRecord
+from gradmon.record import DETAIL_COLUMNS, StepRecord
 
 
 def view_of(monitor: gradmon.Monitor) -> JournalView:
@@ -457,3 +459,58 @@ def test_the_python_reducer_is_watched_only(two_ranks: Ranks, tmp_path: Path) ->
     for topology, hooked in two_ranks.run(python_reducer, str(tmp_path)):
         assert topology.startswith("ddp: compiled autograd averages")
         assert not hooked
+
+
+# --- details of a broken step ----------------------------------------------------------------------------------------
+
+
+def tables(path: Path, step: int) -> dict[str, list[list[float]]]:
+    """Place -> [P][8] of the details written for a step."""
+    with sqlite3.connect(path) as connection:
+        found = connection.execute("SELECT place, stats FROM details WHERE step = ?", (step,)).fetchall()
+    width = len(DETAIL_COLUMNS)
+    made = {}
+    for place, values in found:
+        flat = array("d", values).tolist()
+        made[place] = [flat[i : i + width] for i in range(0, len(flat), width)]
+    return made
+
+
+def spike_under_a_scaler(directory: str, kind: str) -> tuple[StepRecord, dict[str, list[list[float]]]]:
+    """Step 11 is off the cadence of full statistics; `up.bias` is frozen, and so without a gradient."""
+    os.environ["GRADMON_DIR"] = directory
+    inner = sharded.build()
+    inner.up.bias.requires_grad_(False)
+    task = Task(directory, kind, spike=((1, 11),))
+    model = sharded.spread(inner, kind)
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with gradmon.attach(model, optimizer) as monitor:
+        for step in range(1, 13):
+            optimizer.zero_grad()
+            scaler.scale(sharded.loss_of(model, task, toy.rank(), step, 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert monitor.journal_path is not None
+    (record,) = (made for _, made in view_of(monitor).steps if made.step == 11)
+    return record, tables(monitor.journal_path, 11)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_details_of_a_spike_are_unscaled_and_of_all_ranks(two_ranks: Ranks, kind: str, tmp_path: Path) -> None:
+    names = [name for name, _ in sharded.build().named_parameters()]
+    frozen = names.index("up.bias")
+    for rank, (record, found) in enumerate(two_ranks.run(spike_under_a_scaler, str(tmp_path), kind)):
+        assert (record.reason, record.culprit_rank) == ("spike", 1)
+        assert set(found) == ({"global", "local"} if rank == 0 else {"local"})
+        for place, norm in (("local", record.local_grad_norm), ("global", record.grad_norm)):
+            rows = found.get(place)
+            if rows is None:
+                continue
+            watched = [row for i, row in enumerate(rows) if i != frozen] if len(rows) == len(names) else rows
+            assert norm is not None
+            assert math.sqrt(sum(row[0] for row in watched)) == pytest.approx(norm, rel=1e-5)
+            if len(rows) == len(names):
+                assert all(map(math.isnan, rows[frozen])), "a row of NaN is a parameter without a gradient"
+        if rank == 0 and kind == "fsdp2":
+            assert all(math.isnan(value) for row in found["global"] for value in row[4:7]), "not this rank's shards'"
