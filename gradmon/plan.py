@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from gradmon import __version__, config, identity, kernels
+from gradmon import __version__, config, identity, kernels, stats
 from gradmon.config import Config, Loaded
 from gradmon.handshake import Agreement, AttachError, Hello, agree
 from gradmon.journal import JournalWriter, journal_path
@@ -168,7 +168,7 @@ def open_journal(
             journal_path(plan.directory, identity),
             identity,
             parameters=plan.watched.names,
-            elements=[p.numel() for p in plan.watched.parameters],
+            elements=[stats.elements(p) for p in plan.watched.parameters],
             config=plan.config.to_dict(),
             sample=Sampler(plan.watched.device, failed),
             max_bytes=plan.config.journal_mib << 20,

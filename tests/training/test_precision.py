@@ -218,6 +218,7 @@ def test_parameters_of_other_types(directory: Path, dtype: torch.dtype) -> None:
     records = records_of(monitor)
     assert [r.grad_norm for r in records] == pytest.approx(norms, rel=1e-5, nan_ok=True)
     assert (records[8].action, records[8].parameter) == ("skip", "weight")
+    assert records[0].element_count == sum(view_of(monitor).elements) == 40 * 30 * (2 if dtype.is_complex else 1) + 7
 
 
 # --- closures --------------------------------------------------------------------------------------------------------
