@@ -12,13 +12,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "Monitor", "__version__", "attach"]
+__all__ = ["Config", "ConfigError", "Monitor", "TrainingStopped", "__version__", "attach"]
 
 if TYPE_CHECKING:
     from gradmon.config import Config, ConfigError
+    from gradmon.exits import TrainingStopped
     from gradmon.monitor import Monitor, attach
 
-_HOMES = {"attach": "monitor", "Monitor": "monitor", "Config": "config", "ConfigError": "config"}
+_HOMES = {
+    "attach": "monitor",
+    "Monitor": "monitor",
+    "TrainingStopped": "exits",
+    "Config": "config",
+    "ConfigError": "config",
+}
 
 
 def __getattr__(name: str) -> Any:

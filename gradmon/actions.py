@@ -22,7 +22,7 @@ from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
 from gradmon import stats
 from gradmon.detector import Limits
-from gradmon.record import Action, Reason
+from gradmon.record import Action, StepReason
 
 _MISSING = object()
 
@@ -58,9 +58,17 @@ def judge(norm: Tensor, left: Tensor, limits: Limits, ok: Tensor | None = None) 
     divisor = torch.where(left > target, left / target, 1.0)
     whole = norm.isfinite().logical_and_(left.isfinite())  # a clip by an overflowed norm leaves NaN behind
     skip = whole.logical_not_()
+    if math.isfinite(limits.skip_above):
+        skip = skip.logical_or_(norm > limits.skip_above)
+        divisor = torch.where(skip, 1.0, divisor)
     if ok is not None:
         divisor, skip = torch.where(ok, divisor, 1.0), skip.logical_and_(ok)
     return Verdict(norm, left, divisor, skip.double())
+
+
+def thrown_away(norm: Tensor) -> Verdict:
+    """The verdict over gradients of weights that have just been replaced: skip, whatever they are."""
+    return Verdict(norm, norm, torch.ones_like(norm), torch.ones_like(norm))
 
 
 def unjudged(norm: Tensor) -> Verdict:
@@ -68,14 +76,16 @@ def unjudged(norm: Tensor) -> Verdict:
     return Verdict(norm, norm, torch.ones_like(norm), torch.zeros_like(norm))
 
 
-def name_verdict(norm: float, left: float, divisor: float, limits: Limits) -> tuple[Action, Reason, float]:
+def name_verdict(norm: float, left: float, divisor: float, limits: Limits) -> tuple[Action, StepReason, float]:
     """What `judge` decided, from its numbers on the host: action, reason, and the norm the optimizer got.
 
     The comparisons are those of `judge`, in the same precision. NaN compares false with everything, so it comes first.
     """
     if not (math.isfinite(norm) and math.isfinite(left)):
         return "skip", "nonfinite", 0.0
-    reason: Reason = "healthy"
+    reason: StepReason = "healthy"
+    if norm > limits.skip_above:
+        return "skip", "spike", 0.0
     if norm > limits.spike_above:
         reason = "spike"
     elif left > limits.max_norm:

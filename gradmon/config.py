@@ -81,6 +81,24 @@ class ClipConfig:
     max_norm: float | None = _setting(None, "fixed clip, as clip_grad_norm_ does; null: none", low=0, above=True)
     spike_ratio: float = _setting(4.0, "a norm this many times the running median is a spike", low=1, above=True)
     spike_sigmas: float = _setting(6.0, "and at least this many of the noise's standard deviations", low=1)
+    rescale_first: int = _setting(1, "spikes in a row that are rescaled before the next are skipped", low=0)
+    skip_next: int = _setting(2, "spikes skipped after those, before they are rescaled again; 0: never skip one", low=0)
+
+
+@dataclass(frozen=True, slots=True)
+class TrendConfig:
+    """What no single step shows: gradients that grow or fade, a loss that rises. Told; only a rollback acts on it."""
+
+    drift_ratio: float = _setting(
+        10.0, "recent norms this many times their lowest level are a drift", low=1, above=True
+    )
+    drift_steps: int = _setting(2000, "steps over which that lowest level is looked for", low=32)
+    vanish_ratio: float = _setting(
+        1000.0, "recent norms this many times smaller than their highest level have vanished", low=1, above=True
+    )
+    vanish_steps: int = _setting(500, "steps over which that highest level is looked for", low=32)
+    vanish_after: int = _setting(1000, "no gradient is said to vanish before this step", low=0)
+    loss_ratio: float = _setting(1.15, "a running loss this many times its best has risen", low=1, above=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +109,44 @@ class BackoffConfig:
     factor: float = _setting(0.5, "factor on the learning rate, each time", low=0, high=1, above=True)
     floor: float = _setting(0.05, "the scale never goes below this", low=0, high=1, above=True)
     rewarm: float = _setting(1.02, "factor per healthy step, back to 1", low=1, above=True)
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackConfig:
+    """Snapshots of model and optimizer in host memory, and when the oldest is put back. Needs an observed loss."""
+
+    every_steps: int = _setting(
+        0, "healthy steps between snapshots, three are kept in host memory; 0: no rollback", low=0
+    )
+    max: int = _setting(3, "rollbacks of a run; when they are used up and the next is due, the run stops", low=1)
+    near_best: float = _setting(1.05, "no snapshot while the running loss is above this many times its best", low=1)
+    cooldown_steps: int = _setting(32, "steps after a rollback before the next", low=0)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveOutConfig:
+    """Averaging without the ranks whose gradients are not finite. DDP only."""
+
+    bad_rank: bool = _setting(False, "true: such a rank counts for nothing in the average; false: the step is skipped")
+    report_after: int = _setting(10, "a rank left out this many steps in a row is an event", low=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasConfig:
+    """Whether all ranks still hold the same weights. DDP only."""
+
+    check_every: int = _setting(100, "steps between comparisons of all ranks' weights, bit for bit; 0: never", low=0)
+
+
+@dataclass(frozen=True, slots=True)
+class StopConfig:
+    """When all ranks end with an error, because training on is a waste. 0: never."""
+
+    after_skips: int = _setting(10, "steps in a row skipped as not finite before the run stops; 0: never", low=0)
+    after_scaler_skips: int = _setting(
+        10, "steps in a row skipped by the script's GradScaler before the run stops; 0: never", low=0
+    )
+    on_divergence: bool = _setting(False, "true: stop when ranks no longer hold the same weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +171,19 @@ class Config:
     preset: Preset = _setting("default", "gentle | default | strict: the thresholds to start from")
     dir: str | None = _setting(None, "directory of the journals, on a local disk; null: the first that fits")
     attach_timeout_seconds: float = _setting(60.0, "how long attach() waits for the other ranks", low=0, above=True)
+    health_file: str | None = _setting(
+        None, "marker file that says whether the weights are fit to be kept; null: health.json beside the journals"
+    )
     journal_mib: int = _setting(64, "size of one rank's journal; older steps are forgotten", low=1)
     agent: AgentConfig = field(default_factory=AgentConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
+    trend: TrendConfig = field(default_factory=TrendConfig)
     backoff: BackoffConfig = field(default_factory=BackoffConfig)
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)
+    leave_out: LeaveOutConfig = field(default_factory=LeaveOutConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
@@ -132,9 +196,25 @@ class Config:
 
 #: What a preset changes against the defaults. `gentle` leaves more alone, `strict` steps in sooner.
 PRESETS: Mapping[str, Mapping[str, object]] = {
-    "gentle": {"clip.spike_ratio": 8.0, "clip.spike_sigmas": 8.0, "backoff.after_spikes": 4},
+    "gentle": {
+        "clip.spike_ratio": 8.0,
+        "clip.spike_sigmas": 8.0,
+        "backoff.after_spikes": 4,
+        "trend.drift_ratio": 30.0,
+        "trend.loss_ratio": 1.5,
+        "stop.after_skips": 50,
+        "stop.after_scaler_skips": 50,
+    },
     "default": {},
-    "strict": {"clip.spike_ratio": 3.0, "clip.spike_sigmas": 5.0, "backoff.after_spikes": 1},
+    "strict": {
+        "clip.spike_ratio": 3.0,
+        "clip.spike_sigmas": 5.0,
+        "backoff.after_spikes": 1,
+        "trend.drift_ratio": 5.0,
+        "trend.loss_ratio": 1.1,
+        "stop.after_skips": 5,
+        "stop.on_divergence": True,
+    },
 }
 
 
@@ -302,9 +382,11 @@ def _checked(name: str, kind: Any, spec: dataclasses.Field[Any], value: Any) -> 
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{name} must be {_NOUNS[kind]} (got {value!r}): {spec.metadata['help']}")
     low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
+    if kind is bool:
+        return value
     if kind is str:
         if spec.metadata["pattern"]:
             _check_pattern(name, value)
@@ -324,7 +406,7 @@ def _check_pattern(name: str, value: str) -> None:
         ) from None
 
 
-_NOUNS = {int: "a whole number", float: "a number", str: "a text"}
+_NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _range(low: float, high: float, above: bool) -> str:

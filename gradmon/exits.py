@@ -38,3 +38,19 @@ class ExitWatch:
         if error is not None:
             return f"{type(error).__name__}: {error}"
         return "" if self._code in (None, 0) else f"SystemExit: {self._code}"
+
+
+#: What a process ends with that gradmon has stopped (EX_SOFTWARE of sysexits.h).
+STOP_CODE = 70
+
+
+class TrainingStopped(SystemExit):
+    """gradmon's policy has ended training, on every rank before the same step; the exit code is 70.
+
+    No `Exception`, so that a loop that goes on after a bad batch does not swallow it. Catch it by name to save or to
+    clean up; whoever goes on training meets it again at the next step.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = STOP_CODE

@@ -25,11 +25,11 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 from urllib.parse import quote
 
 from gradmon.locks import drop_lock, hold_lock, is_held
-from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Detail, Event, RankIdentity, StepRecord
+from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Detail, Event, RankIdentity, StepRecord, StreakReason
 
 #: Written into `PRAGMA user_version`. A reader knows this one and two before it, and reports newer ones.
 #: 1: no details, and steps end with memory_bytes.
@@ -86,13 +86,29 @@ class Landing(Protocol):
         """Statistics of every parameter that go with this step. Called once, on the writer's thread, after record()."""
 
 
-_Item = Landing | Event | Counter[CounterKey] | threading.Event | None
+@dataclass(frozen=True, slots=True)
+class _Call:
+    part: str
+    function: Callable[[], None]
+
+
+_Item = Landing | Event | Counter[CounterKey] | _Call | threading.Event | None
 
 
 def journal_path(directory: Path, identity: RankIdentity) -> Path:
     """Where `identity` writes below `directory`."""
     folder = directory / identity.run / identity.instance / str(identity.attempt)
     return folder / f"rank-{identity.rank:05d}.db"
+
+
+#: What is done to one step, and what follows from several: (action, reason). Each counter is born at 0.
+_STEP_ACTIONS = (
+    ("rescale", "spike"), ("skip", "spike"), ("rescale", "max_norm"), ("skip", "nonfinite"), ("leave_out", "left_out"),
+)  # fmt: skip
+_EVENT_ACTIONS = (
+    ("backoff", "spike_streak"), ("rollback", "diverging"), ("stop", "skip_streak"), ("stop", "scaler_streak"),
+    ("stop", "diverging"), ("stop", "replicas"),
+)  # fmt: skip
 
 
 def count_step(record: StepRecord, rank: int) -> Counter[CounterKey]:
@@ -106,21 +122,28 @@ def count_step(record: StepRecord, rank: int) -> Counter[CounterKey]:
     added["gradmon_nonfinite_steps_total", ()] = int(record.reason == "nonfinite")
     added["gradmon_scaler_skips_total", ()] = int(record.reason == "scaler_skip")
     added["gradmon_nonfinite_losses_total", ()] = int(record.loss is not None and not math.isfinite(record.loss))
-    for kind in ("spike", "nonfinite"):  # both are born at 0: a counter first seen above 0 fires no alert
+    added["gradmon_left_out_steps_total", ()] = int(record.left_out)
+    for kind in ("spike", "nonfinite", "left_out"):  # born at 0: a counter first seen above 0 fires no alert
         added["gradmon_incidents_total", (kind,)] = int(record.reason == kind and record.culprit_rank == rank)
     applied = "yes" if record.applied else "no"
-    for action, reason in (("rescale", "spike"), ("rescale", "max_norm"), ("skip", "nonfinite")):
+    for action, reason in _STEP_ACTIONS:
         done = int(record.action == action and record.reason == reason)
         added["gradmon_actions_total", (action, reason, applied)] = done
-    added["gradmon_actions_total", ("backoff", "spike_streak", applied)] += 0
+    for action, reason in _EVENT_ACTIONS:
+        added["gradmon_actions_total", (action, reason, applied)] += 0
+    for kind in get_args(StreakReason):
+        added["gradmon_events_total", (kind,)] += 0
     return added
 
 
 def count_event(event: Event) -> Counter[CounterKey]:
     """What an event adds that no step record has counted already. Pure."""
-    if event.action != "backoff":
-        return Counter()
-    return Counter({("gradmon_actions_total", ("backoff", event.kind, "yes" if event.applied else "no")): 1})
+    added: Counter[CounterKey] = Counter()
+    if event.kind in get_args(StreakReason):
+        added["gradmon_events_total", (event.kind,)] = 1
+    if (event.action, event.kind) in _EVENT_ACTIONS:
+        added["gradmon_actions_total", (event.action, event.kind, "yes" if event.applied else "no")] = 1
+    return added
 
 
 class JournalWriter:
@@ -191,6 +214,10 @@ class JournalWriter:
         """Add to a counter from any thread; written with the next commit."""
         self._queue.put(Counter({(name, labels): amount}))
 
+    def call(self, part: str, function: Callable[[], None]) -> None:
+        """Have something done on the writer's thread, which may wait for a disk; a failure is told under this part."""
+        self._queue.put(_Call(part, function))
+
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything put so far is committed. False after `timeout` seconds."""
         done = threading.Event()
@@ -228,6 +255,9 @@ class JournalWriter:
         while self._write_batch():
             pass
         try:
+            with self._transaction() as connection:
+                self._next_sample = 0.0  # the last word on memory and health
+                self._write_due(connection)
             with self._transaction() as connection:
                 end, detail = self._end
                 connection.executemany(_PUT_STATE, [("end", end), ("end_detail", detail), ("end_seconds", time.time())])
@@ -267,6 +297,11 @@ class JournalWriter:
             self._add(count_event(item))
         elif isinstance(item, Counter):
             self._add(item)
+        elif isinstance(item, _Call):
+            try:
+                item.function()
+            except Exception as error:  # what is to be written goes on
+                self._on_error(item.part, error)
         elif item is not None and not isinstance(item, threading.Event):
             self._write_step(connection, item)
         self._since_trim += 1
@@ -551,7 +586,11 @@ def _to_row(item: StepRecord | Event, fields: tuple[str, ...]) -> list[object]:
     return ["nan" if isinstance(v, float) and v != v else v for v in values]
 
 
+_TRUTHS = frozenset({"applied", "left_out"})
+
+
 def _from_row(names: list[str], cells: tuple[Any, ...]) -> dict[str, Any]:
     row = {name: math.nan if cell == "nan" else cell for name, cell in zip(names, cells, strict=True)}
-    row["applied"] = bool(row["applied"])
+    for name in _TRUTHS & row.keys():  # SQLite has no truth values either
+        row[name] = bool(row[name])
     return row

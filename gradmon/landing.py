@@ -20,8 +20,10 @@ from gradmon.detector import Limits
 from gradmon.noise import NoiseScale
 from gradmon.policy import incident
 from gradmon.record import DETAIL_COLUMNS, STATISTICS, Detail, Event, StepRecord, finite
+from gradmon.replicas import differing
 from gradmon.rows import (
     ROW,
+    ROW_CHECKSUM,
     ROW_ERRORS,
     ROW_INF,
     ROW_LOSS,
@@ -109,6 +111,10 @@ class StepContext:
     """True if a GradScaler steps the optimizer: then a step that is not finite is its to skip."""
     left_out: bool
     """True if it has, without calling the optimizer's step."""
+    leaves_out: bool
+    """True if ranks that are not finite count for nothing in the average."""
+    rolled_back: bool
+    """True if the weights were replaced before the step, whose gradients were thrown away."""
     detail_due: bool
     noise: NoiseScale | None
     """Where the rows are samples of one noise."""
@@ -135,6 +141,26 @@ def pack(step: StepInProgress, update_ratio: Tensor | None) -> Tensor:
     return torch.cat((scalars, sums, extremes, measured.rows.flatten()))
 
 
+#: What all ranks must know of a step that looks healthy: by rank.
+_PEEKED = (ROW_SUM_OF_SQUARES, ROW_LOSS, ROW_LOSSES, ROW_CHECKSUM)
+
+
+@dataclass(frozen=True, slots=True)
+class Peeked:
+    """What a rank decides by, one step later; equal on all ranks."""
+
+    record: StepRecord
+    """Without its loss, and without what rows tell if the step was healthy."""
+    errors: int
+    """Failures of gradmon itself on all ranks so far."""
+    mean_loss: float | None
+    """Over the ranks that observed one; None if none did, or the ranks' rows did not meet."""
+    left_out: tuple[int, ...]
+    """Ranks left out of the average."""
+    differing: tuple[int, ...] | None
+    """Ranks whose weights differ from those of most; None where they were not compared."""
+
+
 class LandingStep:
     """One step between its end and its place in the journal. Implements `journal.Landing`."""
 
@@ -158,17 +184,27 @@ class LandingStep:
         later = (self.loss, self._update_ratios_P, *(part.values for part in self._details))
         return self._vector.landed() and all(copy is None or copy.landed() for copy in later)
 
-    def peek(self) -> tuple[StepRecord, int]:
-        """For the training thread, one step later: the record without its loss, and the ranks' errors so far.
-
-        The rows are read only if something was wrong: there is one for every rank of the job.
-        """
+    def peek(self) -> Peeked:
+        """For the training thread, one step later. Whole rows are read only if something was wrong."""
+        known = self._context
         values = self._vector.values()
         head: list[float] = values[: len(_HEAD)].tolist()
+        rows_WR = values[len(_HEAD) :].view(-1, len(ROW))
+        squares, losses, observed, checksums = (
+            rows_WR.index_select(1, stats.numbers(_PEEKED, rows_WR.device)).t().tolist()
+        )
         record = self._record(head, None, None, None)
-        if not record.healthy:
-            record = self._record(head, values[len(_HEAD) :].view(-1, len(ROW)).tolist(), None, None)
-        return record, int(head[_HEAD.index("errors")])
+        broken = [rank for rank, square in enumerate(squares) if not math.isfinite(square)]
+        if not record.healthy or (broken and known.leaves_out):
+            record = self._record(head, rows_WR.tolist(), None, None)
+        compared = known.all_rows and len(checksums) > 1 and any(checksums)
+        return Peeked(
+            record=record,
+            errors=int(head[_HEAD.index("errors")]),
+            mean_loss=_mean_loss(losses, observed) if known.all_rows else None,
+            left_out=tuple(broken) if known.leaves_out and record.reason != "nonfinite" else (),
+            differing=differing(checksums) if compared else None,
+        )
 
     def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
         """For the journal's thread: the whole record, and the event if the step was an incident."""
@@ -208,6 +244,7 @@ class LandingStep:
         norm, left, divisor, rate, _errors, ok, loss_scale, update_ratio, _squares, *counts, abs_max, low, high = head
         nan_count, inf_count, zero_count = counts
         action, why, applied_norm = name_verdict(norm, left, divisor, known.limits)
+        seen = _Rows(rows, known) if rows is not None else None
         if not known.judged and why != "nonfinite":
             action, why = "none", "unsynced"
         if known.left_out or (known.scaled and why == "nonfinite"):
@@ -216,9 +253,12 @@ class LandingStep:
             action, why = "none", "unsynced"
         if not (known.synced and ok) and why != "scaler_skip":
             norm = left = applied_norm = math.nan
-        seen = _Rows(rows, known) if rows is not None else None
+        if known.leaves_out and seen is not None and seen.broken and why in ("healthy", "max_norm"):
+            action, why = "leave_out", "left_out"
+        if known.rolled_back:
+            action, why, applied_norm = "rollback", "diverging", 0.0
         culprit, parameter, micro_step = (None, None, None) if seen is None else seen.culprit(why)
-        applied = known.applied or why == "scaler_skip"
+        applied = known.applied or why in ("scaler_skip", "diverging")
         record = StepRecord(
             step=known.step,
             wall_seconds=known.wall_seconds,
@@ -248,6 +288,7 @@ class LandingStep:
             micro_step=micro_step,
             loss_scale=finite(loss_scale),
             update_ratio=finite(update_ratio),
+            left_out=known.leaves_out and why in ("left_out", "spike") and seen is not None and seen.mine_broken,
         )
         return record if seen is None else dataclasses.replace(record, **seen.sums(record))
 
@@ -296,6 +337,8 @@ def land(
         backwards=measured.backwards,
         scaled=step.loss_scale is not None,
         left_out=step.left_out,
+        leaves_out=measured.leaves_out,
+        rolled_back=step.rolled_back,
         detail_due=step.detail_due,
         noise=noise if measured.synced_backwards == 1 and measured.shared else None,
     )
@@ -313,6 +356,12 @@ def _root(sum_of_squares: float) -> float:
     return math.sqrt(sum_of_squares) if sum_of_squares >= 0 else math.nan
 
 
+def _mean_loss(losses: Sequence[float], observed: Sequence[float]) -> float | None:
+    """NaN if any rank's is: it must not be averaged away."""
+    seen = [loss for loss, there in zip(losses, observed, strict=True) if there]
+    return sum(seen) / len(seen) if seen else None
+
+
 def _whole(count: float) -> int:
     """A count over shards; replicas were added as parts of one."""
     return math.ceil(count - 1e-6)
@@ -325,6 +374,12 @@ class _Rows:
         self._rows = rows
         self._known = known
         self.mine = rows[known.rank if known.all_rows and len(rows) > 1 else 0]
+        self.broken = [rank for rank, row in enumerate(rows) if not math.isfinite(row[ROW_SUM_OF_SQUARES])]
+
+    @property
+    def mine_broken(self) -> bool:
+        """True if this rank's own gradients were not finite."""
+        return not math.isfinite(self.mine[ROW_SUM_OF_SQUARES])
 
     def sums(self, record: StepRecord) -> dict[str, Any]:
         """Fields of the record that are about all ranks; none where only this one's row is known."""
@@ -348,8 +403,8 @@ class _Rows:
     def culprit(self, why: str) -> tuple[int | None, str | None, int | None]:
         """Rank, parameter and micro-step that broke the step; None where none stands out or is known."""
         rows, known = self._rows, self._known
-        if why in ("nonfinite", "scaler_skip"):
-            broken = [rank for rank, row in enumerate(rows) if not math.isfinite(row[ROW_SUM_OF_SQUARES])]
+        if why in ("nonfinite", "scaler_skip", "left_out"):
+            broken = self.broken
             if not broken:  # every rank was finite, their average was not
                 return None, None, None
             place = broken[0]

@@ -25,8 +25,10 @@ from gradmon import stats
 from gradmon.backward import BackwardWatch
 from gradmon.config import MeasureConfig
 from gradmon.local import RegistrationWatch
+from gradmon.replicas import checksum
 from gradmon.rows import (
     ROW,
+    ROW_CHECKSUM,
     ROW_ERRORS,
     ROW_LEFT,
     ROW_MICRO_STEP,
@@ -67,6 +69,8 @@ class Measured:
     """Backwards that made these gradients, as far as they were seen."""
     synced_backwards: int
     """Those of them that averaged; of several, the rows are no samples of one noise."""
+    leaves_out: bool = False
+    """True if ranks whose gradients are not finite counted for nothing in the average."""
     ok: Tensor | None = None
     """0-dim on the device: False if this step is to be left alone, as only the rows of all ranks tell. None: True."""
     failed: bool = False
@@ -83,6 +87,7 @@ class Measurer:
         topology: how gradients become global.
         config: cadences.
         agree: True if norms of all ranks must be made equal (devices or thread counts differ).
+        leave_out: whether DDP's average is to be over the ranks whose gradients are finite.
         say: tells the user something once.
         failed: told of a failure in backward.
     """
@@ -94,6 +99,7 @@ class Measurer:
         config: MeasureConfig,
         *,
         agree: bool,
+        leave_out: bool,
         say: Callable[[str], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -105,6 +111,8 @@ class Measurer:
         self._topology = topology
         self._config = config
         self._agree = agree
+        self._leave_out = leave_out
+        self._checksum: Tensor | None = None
         self._say = say
         self._failed = failed
         self._held = self._ids_held()
@@ -152,7 +160,7 @@ class Measurer:
         """Listen to backward from now on."""
         hook = self._topology.hook
         if hook is not None:
-            hook.start(self.watched.parameters, self._failed)
+            hook.start(self.watched.parameters, self._failed, leave_out=self._leave_out)
             self._registrations.start(
                 lambda: self._say(
                     "the script's own communication hook averages the gradients from here on; gradmon measures before "
@@ -194,10 +202,23 @@ class Measurer:
         if self._topology.hook is not None:
             self._topology.hook.errors = self.errors
 
-    @property
+    def compare_weights(self, *, due: bool) -> None:
+        """Let the next step's rows carry a checksum of this rank's weights, where all ranks hold the same."""
+        known = self._topology
+        replicated = known.acts and known.ddp is not None
+        self._checksum = checksum(self.watched.parameters) if due and replicated else None
+        if known.hook is not None:
+            known.hook.checksum = self._checksum
+
     def may_judge(self) -> bool:
         """False inside `Join` where a rank that has run out of data would miss an all-reduce at step time."""
-        return not (self._topology.joining() and (self._agree or self._shares_at_step))
+        known = self._topology
+        if known.hook is not None and known.divides_by_those_left():
+            self._say(
+                "model.join(divide_by_initial_world_size=False) has no effect while gradmon is attached: gradients are "
+                "divided by the initial world size"
+            )
+        return not (known.joining() and (self._agree or self._shares_at_step))
 
     @property
     def _shares_at_step(self) -> bool:
@@ -259,6 +280,7 @@ class Measurer:
             full=extremes or norm.device.type == "cuda",
             backwards=self._backwards_taken(),
             synced_backwards=self._take_synced_backwards(),
+            leaves_out=hook is not None and hook.leaves_out,
             local=self._local(),
         )
 
@@ -345,7 +367,7 @@ class Measurer:
 
     def _share_norms(self, measured: Measured, left: Tensor) -> Tensor:
         group = self._topology.group
-        if group is None or not self.may_judge:
+        if group is None or not self.may_judge():
             return left
         if self._shares_at_step:
             rows_WR = torch.zeros(dist.get_world_size(group), len(ROW), dtype=torch.float64, device=left.device)
@@ -353,6 +375,8 @@ class Measurer:
             row.copy_(measured.rows[0])
             row[ROW_NORM], row[ROW_LEFT] = _comparable(measured.norm), _comparable(left)
             row[ROW_SYNCED].fill_(float(measured.synced))
+            if self._checksum is not None:
+                row[ROW_CHECKSUM] = self._checksum
             dist.all_reduce(rows_WR, group=group)
             measured.rows, measured.shared, measured.synced = rows_WR, True, True
             measured.norm, left = rows_WR[:, ROW_NORM].max(), rows_WR[:, ROW_LEFT].max()

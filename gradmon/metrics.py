@@ -93,6 +93,28 @@ METRICS: tuple[Metric, ...] = (
         "What gradmon did to a step, and why. applied=no: what it would have done where it only watches.",
     ),
     Metric(
+        "gradmon_events_total",
+        "counter",
+        "events",
+        ("run", "kind"),
+        "What several steps together showed: spikes, skips or left-out steps in a row, drift, vanished gradients, "
+        "gradients and loss diverging, replicas that differ.",
+    ),
+    Metric(
+        "gradmon_healthy",
+        "gauge",
+        "1",
+        _RUN,
+        "1 while a checkpoint of the weights as they are may push out an older one, else 0.",
+    ),
+    Metric(
+        "gradmon_last_healthy_step",
+        "gauge",
+        "steps",
+        _RUN,
+        "Newest step after which the weights were fit to be kept.",
+    ),
+    Metric(
         "gradmon_last_incident_info",
         "gauge",
         "1",
@@ -230,6 +252,13 @@ METRICS: tuple[Metric, ...] = (
         ("run", "rank", "kind"),
         "Steps broken by this rank's own gradients.",
     ),
+    Metric(
+        "gradmon_left_out_steps_total",
+        "counter",
+        "steps",
+        _RANK,
+        "Steps in which this rank's gradients were not finite and were left out of the average.",
+    ),
     Metric("gradmon_loss", "gauge", "1", _RANK, "Loss this rank observed last; the last finite value."),
     Metric(
         "gradmon_nonfinite_losses_total",
@@ -273,6 +302,13 @@ METRICS: tuple[Metric, ...] = (
         "bytes",
         _RANK,
         "Resident memory of the rank's process.",
+    ),
+    Metric(
+        "gradmon_snapshot_memory_bytes",
+        "gauge",
+        "bytes",
+        _RANK,
+        "Host memory of the rank's snapshots for rollback; absent where rollback is off.",
     ),
     Metric("gradmon_process_cpu_seconds_total", "counter", "seconds", _RANK, "CPU time of the rank's process."),
     Metric("gradmon_process_threads", "gauge", "threads", _RANK, "Threads of the rank's process."),
@@ -436,6 +472,9 @@ METRICS_BY_NAME: dict[str, Metric] = {m.name: m for m in METRICS}
 
 #: Names a sample of `resources.sample` may carry, and the metric each becomes.
 RESOURCE_METRICS: dict[str, str] = {
+    "healthy": "gradmon_healthy",
+    "last_healthy_step": "gradmon_last_healthy_step",
+    "snapshot_memory_bytes": "gradmon_snapshot_memory_bytes",
     "resident_memory_bytes": "gradmon_process_resident_memory_bytes",
     "cpu_seconds": "gradmon_process_cpu_seconds_total",
     "threads": "gradmon_process_threads",

@@ -11,14 +11,10 @@ records, the verdict is reached on the device, and its numbers are read exactly 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
-import math
 import os
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -31,17 +27,17 @@ from gradmon.actions import OptimizerActions
 from gradmon.agent.start import start_agent
 from gradmon.clipping import ClipWatch
 from gradmon.config import Config
-from gradmon.detector import Detector, Limits
-from gradmon.exits import ExitWatch
+from gradmon.detector import Limits
+from gradmon.exits import ExitWatch, TrainingStopped
+from gradmon.guard import Guard
 from gradmon.handshake import Agreement, AttachError
+from gradmon.health import Health, HealthFile
 from gradmon.landing import HostCopy, LandingStep, land
-from gradmon.log import Announcer
 from gradmon.losses import MOST_LOSSES, mean_loss, plain_loss
 from gradmon.measuring import Measured, Measurer
 from gradmon.noise import NoiseScale
-from gradmon.plan import Plan, agree_on, identity_of, make_plan, open_journal
-from gradmon.policy import Policy, incident
-from gradmon.record import Event
+from gradmon.plan import Plan, agree_on, health_path, identity_of, make_plan, open_journal, opening_lines
+from gradmon.reporter import Reporter
 from gradmon.scaler import ScalerWatch
 from gradmon.stepping import (
     Marks,
@@ -58,8 +54,6 @@ from gradmon.stepping import (
 from gradmon.topology import gradients_of
 from gradmon.updates import UpdateSample
 
-#: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
-_DECIDING = frozenset({"local", "before_clip", "before_step", "act", "restore", "after_step"})
 _active: Monitor | None = None
 
 
@@ -108,6 +102,7 @@ class Monitor:
     Attributes:
         run: name of the run in metrics and page.
         journal_path: this rank's journal, None if it could not be opened.
+        health_path: marker file that says whether the weights are fit to be kept, None if this rank writes none.
     """
 
     def __init__(self, plan: Plan, agreement: Agreement) -> None:
@@ -119,13 +114,12 @@ class Monitor:
             plan.topology,
             plan.config.measure,
             agree=not agreement.equal_arithmetic,
+            leave_out=plan.config.leave_out.bad_rank and plan.config.mode == "guard",
             say=lambda message: self._say.once(message),
             failed=lambda error: self._failed("local", error),
         )
         self._noise = NoiseScale()
         self._pid = os.getpid()
-        self._detector = Detector(self._config.clip)
-        self._policy = Policy(self._config.backoff)
         self._actions = {o: OptimizerActions(o) for o in self._watched.optimizers}
         self._handles: list[Any] = []
         self._stepped: list[Optimizer] = []
@@ -148,16 +142,25 @@ class Monitor:
         self._attached = True
         self._identity = identity_of(plan, agreement)
         self.run = self._identity.run
-        self._say = Announcer(self._identity.rank)
+        self._reporter = Reporter(self._identity.rank, self._measurer.count_error)
+        self._say, self._guarded, self._failed = self._reporter.say, self._reporter.guarded, self._reporter.failed
         self._say.start()
-        self._journal = open_journal(plan, self._identity, self._failed, self._say.once)
+        self._guard = Guard(self._config, self._watched, self._topology, self._say.once)
+        self._health = HealthFile(health_path(plan, self._identity), self.run)
+        self.health_path = self._health.path
+        self._journal = self._reporter.journal = open_journal(
+            plan, self._identity, self._failed, self._say.once, self._health, self._guard.snapshots
+        )
         self.journal_path = None if self._journal is None else self._journal.path
         self._clip_watch = ClipWatch(self._before_clip)
         self._scaler_watch = ScalerWatch(lambda optimizer: optimizer in self._actions, self._left_out)
         self._exit_watch = ExitWatch()
         try:
             self._start_hooks()
-            self._say_start(agreement)
+            if self._identity.rank == 0:
+                held = None if self._guard.snapshots is None else self._guard.snapshots.bytes_needed()
+                for level, line in opening_lines(plan, agreement, self._identity, acts=self._acts, snapshot_bytes=held):
+                    self._say.once(line, level)
             if self._identity.local_rank == 0 and self._config.agent.start == "auto":
                 with self._guarded("agent"):
                     start_agent(plan.directory, self._config, self._say)
@@ -176,7 +179,7 @@ class Monitor:
     @property
     def learning_rate_scale(self) -> float:
         """Factor that the next step's learning rate will be multiplied by."""
-        return self._policy.scale if self._acts else 1.0
+        return self._guard.scale if self._acts else 1.0
 
     def observe(self, *, loss: Tensor | float) -> None:
         """Tell the loss; never synchronises. Call it once per backward, before the step or after it, but always alike.
@@ -209,15 +212,38 @@ class Monitor:
         """
         self._close("finished", "")
 
+    def register(self, **things: Any) -> None:
+        """What else a rollback is to bring back: weights averaged over steps, a GradScaler.
+
+        Args:
+            things: anything with `state_dict` and `load_state_dict`, by a name of your choice.
+
+        Raises:
+            TypeError, ValueError: a thing has not both, or its name is taken.
+        """
+        for name, thing in things.items():
+            if self._guard.snapshots is not None:
+                self._guard.snapshots.register(name, thing)
+            else:
+                self._say.once("monitor.register has no effect: rollback is off (rollback.every_steps)")
+
+    def rebaseline(self) -> None:
+        """Forget what was normal: call it after a deliberate change (batch size, data mix), on all ranks alike."""
+        self._take_previous()
+        self._guard.rebaseline()
+
+    def is_healthy(self) -> bool:
+        """True if a checkpoint of the weights as they are now may push out an older one. Equal on all ranks.
+
+        Waits for the newest step's numbers, as saving its weights does.
+        """
+        self._take_previous()
+        return not self._guard.why_unfit
+
     def state_dict(self) -> dict[str, Any]:
         """Detector, policy and step count, to be saved with a checkpoint; equal on all ranks."""
         self._take_previous()
-        return {
-            "version": 1,
-            "step": self._count,
-            "detector": self._detector.state_dict(),
-            "policy": self._policy.state_dict(),
-        }
+        return {"version": 1, "step": self._count, **self._guard.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. To be called on every rank with the same state.
@@ -235,8 +261,7 @@ class Monitor:
         self._previous = None
         self._losses.clear()
         self._count = int(state["step"])
-        self._detector.load_state_dict(state["detector"])
-        self._policy.load_state_dict(state["policy"])
+        self._guard.load_state_dict(state)
 
     def __enter__(self) -> Monitor:
         return self
@@ -361,7 +386,9 @@ class Monitor:
         limits = Limits()
         with self._guarded("before_step"):
             self._take_previous()
-            limits = self._limits(optimizer)
+            self._stop_if_due()
+            limits = self._guard.limits_for(optimizer)
+        rolled_back = self._prepare()
         measured, left = self._measure_for(optimizer)
         due = is_due(self._config.measure.detail_every, self._count)
         left = self._measurer.share(measured, left, extremes=due, errors=self._errors_seen)
@@ -369,32 +396,60 @@ class Monitor:
             self._say.once(
                 "gradients were not averaged over the ranks in this step (no_sync?): such steps are left alone"
             )
-        judged = judged and measured.synced and self._may_judge()
+        judged = judged and measured.synced and self._measurer.may_judge()
         if measured.failed:  # what the others see as not finite is skipped here too; all else is left alone
             judged, limits = judged and self._topology.group is not None, Limits()
         verdict = actions.unjudged(measured.norm)
         if judged:
             verdict = actions.judge(measured.norm, left, limits, measured.ok)
-        acting = self._acts and judged
+        acting = self._acts and (judged or rolled_back)
+        if rolled_back:
+            verdict = actions.thrown_away(measured.norm)
         loss_scale = self._scaler_watch.scale_of(optimizer)
         self._step = StepInProgress(
-            self._count,
-            measured,
-            verdict,
-            limits,
-            judged and not measured.failed,
-            acting,
-            self._policy.scale if acting else 1.0,
-            actions.learning_rate(self._watched.optimizers[0]),
-            None if loss_scale is None else loss_scale.clone(),  # the scaler writes to it before we read
-            left_out,
-            due,
-            None,
+            number=self._count,
+            measured=measured,
+            verdict=verdict,
+            limits=limits,
+            judged=judged and not measured.failed,
+            acting=acting,
+            scale=self._guard.scale if acting else 1.0,
+            rate=actions.learning_rate(self._watched.optimizers[0]),
+            loss_scale=None if loss_scale is None else loss_scale.clone(),  # the scaler writes to it before we read
+            left_out=left_out,
+            detail_due=due,
+            rolled_back=rolled_back,
         )
         self._marks = {o: marks_of(gradients_of(o)) for o in self._actions} if len(self._actions) > 1 else {}
         with self._guarded("updates"):
             if self._one_device and is_due(self._config.measure.updates_every, self._count):
                 self._step.updates = UpdateSample(self._watched.parameters)
+
+    def _prepare(self) -> bool:
+        """The snapshot or rollback that is due; True if the weights were replaced."""
+        if not self._acts:
+            return False
+        with self._guarded("rollback"):
+            for doer in self._actions.values():
+                doer.restore()
+            event = self._guard.prepare(self._count)
+            if event is not None:
+                self._reporter.tell(event)
+                return event.action == "rollback"
+        return False
+
+    def _stop_if_due(self) -> None:
+        """Raise on every rank, before the same step: nobody is left waiting in a collective."""
+        stop = self._guard.stop
+        if stop is None:
+            return
+        message = f"gradmon stopped training at step {stop.step}: {stop.message}"
+        if self._identity.rank == 0:
+            self._say.once(message, logging.ERROR)
+        if self._journal is not None:
+            self._journal.call("health_file", self._health.write)
+            self._journal.close("exception", message)
+        raise TrainingStopped(message)
 
     def _measure_for(self, optimizer: Optimizer) -> tuple[Measured, Tensor | None]:
         """Of this rank, unscaled; the second is what the script's own clip has left, None if it has not clipped."""
@@ -414,15 +469,6 @@ class Monitor:
             measured, left = self._measurer.broken(), None
         return measured, left
 
-    def _limits(self, optimizer: Optimizer) -> Limits:
-        limits = self._detector.limits()
-        if not actions.evaluates_repeatedly(optimizer):
-            return limits
-        # It compares the gradients of one step with each other: skipping the first is exact, rescaling it is not.
-        if math.isfinite(limits.max_norm):
-            self._say.once(f"clip.max_norm has no effect on {type(optimizer).__name__}, which compares gradients")
-        return Limits(spike_above=limits.spike_above)
-
     def _measure(self, number: int) -> Measured:
         """The gradients of step `number`; what `Measurer.broken` says where that fails."""
         every = self._config.measure
@@ -430,20 +476,11 @@ class Monitor:
             return self._measurer.measure(
                 extremes=is_due(every.detail_every, number),
                 zeros=is_due(every.zeros_every, number),
-                alarm=self._detector.limits().spike_above,
+                alarm=self._guard.limits().spike_above,
             )
         except Exception as error:
             self._failed("before_step", error)
             return self._measurer.broken()
-
-    def _may_judge(self) -> bool:
-        """False inside `Join` where it makes a difference."""
-        if self._topology.hook is not None and self._topology.divides_by_those_left():
-            self._say.once(
-                "model.join(divide_by_initial_world_size=False) has no effect while gradmon is attached: gradients are "
-                "divided by the initial world size"
-            )
-        return self._measurer.may_judge
 
     def _end_step(self) -> None:
         step, self._step = self._step, None
@@ -451,6 +488,8 @@ class Monitor:
         self._measurer.forget()
         if step is None:
             return
+        with self._guarded("replicas"):
+            self._measurer.compare_weights(due=is_due(self._config.replicas.check_every, self._count + 1))
         now = time.monotonic()
         updates = None
         with self._guarded("updates"):
@@ -489,11 +528,13 @@ class Monitor:
         previous, self._previous = self._previous, None
         if previous is None:
             return
-        record, self._errors_seen = previous.peek()
-        if record.reason not in ("unsynced", "scaler_skip"):
-            self._detector.update(record.grad_norm)
-        for event in filter(None, (incident(record), *self._policy.update(record))):
-            self._tell(event)
+        peeked = previous.peek()
+        self._errors_seen = peeked.errors
+        for event in self._guard.learn(peeked, acts=self._acts):
+            self._reporter.tell(event)
+        health = Health(peeked.record.step, self._guard.why_unfit, self._guard.last_healthy_step)
+        if self._health.changed(health) and self._journal is not None:
+            self._journal.call("health_file", self._health.write)
         if self._errors_seen and not self._withdrawn:
             self._withdrawn = True
             self._say.once(
@@ -522,45 +563,6 @@ class Monitor:
                 "this torch has no clip function that can be watched: a clip by the script is seen afterwards"
             )
         self._exit_watch.start()
-
-    def _say_start(self, agreement: Agreement) -> None:
-        if self._identity.rank != 0:
-            return
-        mode = "guarding" if self._acts else "watching"
-        self._say.once(f"{mode} run {self.run} ({self._identity.world_size} ranks)", logging.INFO)
-        if "~" in self.run:
-            self._say.once(f"another run of that name is alive: this one is called {self.run} in metrics and page")
-        if not self._topology.acts:
-            self._say.once(f"only watching, not acting: {self._topology.why}")
-        elif not agreement.equal_arithmetic:
-            self._say.once("devices, thread counts or torch differ between ranks: one more small all-reduce per step")
-
-    def _tell(self, event: Event) -> None:
-        """The culprit speaks of what is its own, rank 0 of the rest."""
-        of_streak = event.kind in ("spike_streak", "scaler_streak")
-        if of_streak and self._journal is not None:
-            self._journal.put(event)
-        speaker = event.rank if event.rank is not None and not of_streak else 0
-        if self._identity.rank == speaker:
-            self._say.event(event.kind, f"step {event.step}: {event.message}")
-
-    @contextlib.contextmanager
-    def _guarded(self, part: str) -> Iterator[None]:
-        """Promise 7: a failure of ours becomes a counter and one warning, never an exception in training."""
-        try:
-            with torch.no_grad():  # gradients of backward(create_graph=True) carry a graph of their own
-                yield
-        except Exception as error:
-            self._failed(part, error)
-
-    def _failed(self, part: str, error: Exception) -> None:
-        if part in _DECIDING:
-            self._measurer.count_error()
-        if part != "journal" and self._journal is not None:  # the writer counts its own
-            self._journal.count("gradmon_errors_total", (part,))
-        where = traceback.extract_tb(error.__traceback__)
-        at = f" at {Path(where[-1].filename).name}:{where[-1].lineno}" if where else ""
-        self._say.once(f"gradmon's own {part} failed, training goes on: {type(error).__name__}: {error}{at}")
 
     def _at_exit(self) -> None:
         failure = self._exit_watch.failure()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from torch.optim import Optimizer
 from gradmon import __version__, config, identity, kernels, stats
 from gradmon.config import Config, Loaded
 from gradmon.handshake import Agreement, AttachError, Hello, agree
+from gradmon.health import HealthFile
 from gradmon.journal import JournalWriter, journal_path
 from gradmon.record import RankIdentity
 from gradmon.resources import Sampler
+from gradmon.snapshots import Snapshots
 from gradmon.topology import Topology, Watched, recognise, watch
 
 #: Settings that may differ between ranks: they say where things lie on a node, not what is decided.
-_PER_NODE = frozenset({"dir", "agent", "attach_timeout_seconds", "journal_mib", "preset"})
+_PER_NODE = frozenset({"dir", "agent", "attach_timeout_seconds", "journal_mib", "preset", "health_file"})
 #: How often each process group was attached, so that ranks never read what they said at another time.
 _attachments: Counter[str] = Counter()
 
@@ -159,10 +162,33 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def health_path(plan: Plan, identity: RankIdentity) -> Path | None:
+    """Where this rank writes the marker file; None if it is not the one of its node that does."""
+    if identity.local_rank != 0:
+        return None
+    given = plan.config.health_file
+    return journal_path(plan.directory, identity).with_name("health.json") if given is None else Path(given).absolute()
+
+
 def open_journal(
-    plan: Plan, identity: RankIdentity, failed: Callable[[str, Exception], None], say: Callable[[str], None]
+    plan: Plan,
+    identity: RankIdentity,
+    failed: Callable[[str, Exception], None],
+    say: Callable[[str], None],
+    health: HealthFile,
+    snapshots: Snapshots | None,
 ) -> JournalWriter | None:
     """This rank's journal; None, and a word about it, if there can be none."""
+    resources = Sampler(plan.watched.device, failed)
+
+    def sample() -> dict[str, float]:
+        try:
+            health.write()
+        except OSError as error:
+            failed("health_file", error)
+        held = {} if snapshots is None else {"snapshot_memory_bytes": float(snapshots.bytes_held())}
+        return {**resources(), **health.sample(), **held}
+
     try:
         return JournalWriter(
             journal_path(plan.directory, identity),
@@ -170,10 +196,38 @@ def open_journal(
             parameters=plan.watched.names,
             elements=[stats.elements(p) for p in plan.watched.parameters],
             config=plan.config.to_dict(),
-            sample=Sampler(plan.watched.device, failed),
+            sample=sample,
             max_bytes=plan.config.journal_mib << 20,
             on_error=failed,
         )
     except Exception as error:
         say(f"no journal for this rank, training goes on without it: {error}")
         return None
+
+
+def opening_lines(
+    plan: Plan, agreement: Agreement, identity: RankIdentity, *, acts: bool, snapshot_bytes: int | None
+) -> Iterator[tuple[int, str]]:
+    """(level, line): what rank 0 says of a run when it begins, and of settings that have no effect in it."""
+    topology, settings = plan.topology, plan.config
+    mode = "guarding" if acts else "watching"
+    yield logging.INFO, f"{mode} run {identity.run} ({identity.world_size} ranks)"
+    if "~" in identity.run:
+        yield logging.WARNING, f"another run of that name is alive: this one is {identity.run} in metrics and page"
+    if not topology.acts:
+        yield logging.WARNING, f"only watching, not acting: {topology.why}"
+    elif not agreement.equal_arithmetic:
+        yield (
+            logging.WARNING,
+            "devices, thread counts or torch differ between ranks: one more small all-reduce per step",
+        )
+    if snapshot_bytes is not None:
+        yield logging.INFO, f"rollback keeps snapshots: up to {snapshot_bytes / 2**30:.3g} GiB of host memory per rank"
+    elif settings.rollback.every_steps:
+        yield logging.WARNING, "rollback.every_steps has no effect where gradmon only watches"
+    if settings.leave_out.bad_rank and (topology.hook is None or settings.mode == "observe"):
+        yield (
+            logging.WARNING,
+            "leave_out.bad_rank has no effect here: it needs mode: guard and DistributedDataParallel without a "
+            "communication hook of the script's",
+        )

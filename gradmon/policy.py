@@ -1,130 +1,379 @@
 """Records -> actions: the ladder. Pure Python, no torch, no clock.
 
 A spike is rescaled and a non-finite step skipped on the spot, by the verdict on the device. What follows from several
-steps is decided here, from records that are equal on all ranks, one step later.
+steps is decided here, from records that are equal on all ranks, one step later:
+
+- spikes in a row: the first is rescaled, the next ones are skipped (`skips_spikes`);
+- rescaled spikes in a row: learning rate down, back up with every healthy step;
+- gradients drift up *and* the loss has risen: back to a healthy snapshot, learning rate down; at last, stop;
+- skips in a row: stop;
+- ranks whose weights differ, or that are left out again and again: tell.
+
+Skips never lower the rate: a skipped step put nothing into the weights, and where a fifth of all steps is skipped the
+run would starve. Drift alone is an event: a level shift must never stop a run.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from gradmon.config import BackoffConfig
-from gradmon.record import Event, StepRecord
+from gradmon.config import Config
+from gradmon.record import Action, Event, StepRecord, StreakReason
 
-#: A GradScaler that searches for its scale skips a few steps; so many in a row are a true NaN, which halves the scale
-#: for ever.
-SCALER_STREAK = 10
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """What the detector sees after a step, beyond the step itself."""
+
+    drifting: bool = False
+    vanished: bool = False
+    loss_over_best: float | None = None
+    """Running median of the loss over its best; None where no loss is observed, or too few are."""
+    loss: float | None = None
+    """Of this step, mean over the ranks; None where none was observed."""
 
 
 class Policy:
-    """Learning-rate back-off: lowered after spikes in a row, re-warmed by healthy steps.
+    """The state of the ladder. After each `update` its attributes say what the next step will be like."""
 
-    Skips never lower the rate: a skipped step put nothing into the weights.
-    """
-
-    def __init__(self, config: BackoffConfig) -> None:
+    def __init__(self, config: Config, world_size: int = 1) -> None:
         self._config = config
-        self._streak = 0
+        self._world_size = world_size
+        self._spikes = 0
+        """In a row, however each was treated."""
+        self._rescaled = 0
+        """Of those, since the rate was lowered last."""
+        self._skips = 0
         self._scaler_skips = 0
+        self._left_out: dict[int, int] = {}
+        """Rank -> steps in a row in which it was left out."""
+        self._differing: tuple[int, ...] = ()
+        self._healthy_steps = 0
+        """Since the last snapshot."""
+        self._near_best = False
+        self._cooldown = 0
+        self._told: set[str] = set()
+        self._acts = True
+        self.rollbacks = 0
+        """Done so far."""
         self.scale = 1.0
         """Factor for the learning rate of the next step."""
+        self.rollback_due = False
+        """True if the next step is to begin with the weights of a snapshot; `rolled_back` follows."""
+        self.stop: Event | None = None
+        """Set once training is to end on all ranks before the next step."""
+        self.why_unfit = ""
+        """Why a checkpoint of the weights as they are now must not push out an older one; empty if it may."""
+        self.last_healthy_step = 0
 
-    def update(self, record: StepRecord) -> list[Event]:
-        """Take in a finished step; what is to be told beyond the step itself."""
-        self._scaler_skips = self._scaler_skips + 1 if record.reason == "scaler_skip" else 0
-        if self._scaler_skips == SCALER_STREAK:
-            return [_scaler_streak(record)]
-        if record.reason == "spike":
-            self._streak += 1
-            return self._back_off(record) if self._due() else []
-        if record.healthy:
-            self._streak = 0
-            if self.scale < 1.0:
-                self.scale = min(1.0, self.scale * self._config.rewarm)
-        return []
+    @property
+    def skips_spikes(self) -> bool:
+        """True if a spike in the next step is to be skipped, not rescaled.
 
-    def _due(self) -> bool:
-        return 0 < self._config.after_spikes <= self._streak
+        A lone spike is often a good direction of a wrong length (a loss scaled by mistake, a rare batch), and rescaled
+        it still helps. Spikes in a row come from bad data, of which nothing is wanted. Skipping ends, too: without it
+        the weights would never leave a place where gradients are large.
+        """
+        clip = self._config.clip
+        return clip.rescale_first <= self._spikes < clip.rescale_first + clip.skip_next
 
-    def _back_off(self, record: StepRecord) -> list[Event]:
-        spikes, self._streak = self._streak, 0
-        lowered = max(self._config.floor, self.scale * self._config.factor)
-        if lowered >= self.scale:
-            return []
-        self.scale = lowered
-        done = "learning rate lowered to" if record.applied else "learning rate would be lowered to"
-        message = (
-            f"{spikes} spikes in a row: {done} x{lowered:.3g}, back to x1 by x{self._config.rewarm:g} per healthy step"
-        )
-        return [
-            Event(
-                record.step,
-                record.wall_seconds,
-                "spike_streak",
-                "backoff",
-                record.applied,
-                record.culprit_rank,
-                record.parameter,
-                message,
-            )
+    @property
+    def snapshot_due(self) -> bool:
+        """True if the weights after the newest step are worth keeping; `snapshot_taken` follows."""
+        every = self._config.rollback.every_steps
+        return 0 < every <= self._healthy_steps and self._near_best and not self.why_unfit
+
+    def update(
+        self,
+        record: StepRecord,
+        trend: Trend,
+        *,
+        acts: bool = True,
+        left_out: Sequence[int] = (),
+        differing: Sequence[int] | None = None,
+    ) -> list[Event]:
+        """Take in a finished step; what is to be told beyond the step itself.
+
+        Args:
+            record: of the step; equal on all ranks in all that is read here.
+            trend: from the detector, which has taken in the step already.
+            acts: whether what is decided will be done; False where gradmon only watches.
+            left_out: ranks that counted for nothing in the step's average.
+            differing: ranks whose weights differ from those of most; None where they were not compared.
+        """
+        self.rollback_due, self._acts = False, acts
+        self._cooldown = max(0, self._cooldown - 1)
+        self._count(record, trend)
+        events = [
+            self._back_off(record),
+            self._skipped_too_often(record),
+            *self._of_trend(record, trend),
+            *self._of_ranks(record, left_out),
+            None if differing is None else self._of_replicas(record, tuple(differing)),
         ]
+        self.why_unfit = self._unfit(trend)
+        if record.healthy and not self.why_unfit:
+            self.last_healthy_step = record.step
+        return [event for event in events if event is not None]
+
+    def snapshot_taken(self) -> None:
+        """The next one is due so many healthy steps from here."""
+        self._healthy_steps = 0
+
+    def rolled_back(self, record: StepRecord, to_step: int) -> Event:
+        """The weights of `to_step` are back; `record` is of the newest step, whose weights are gone."""
+        self.rollbacks += 1
+        self.rollback_due = False
+        self._cooldown = self._config.rollback.cooldown_steps
+        self._spikes = self._rescaled = self._healthy_steps = 0
+        self.scale = max(self._config.backoff.floor, self.scale * self._config.backoff.factor)
+        self.why_unfit, self.last_healthy_step = "", to_step
+        left = self._config.rollback.max - self.rollbacks
+        return self._event(
+            record,
+            "diverging",
+            "rollback",
+            f"gradients and loss have grown: rolled back to the weights of step {to_step}, learning rate lowered to "
+            f"x{self.scale:.3g}; {left} more rollback{'s' * (left != 1)} before the run is stopped",
+        )
+
+    def cannot_roll_back(self, record: StepRecord) -> Event:
+        """No snapshot is held by all ranks; asked again after the cooldown."""
+        self.rollback_due = False
+        self._cooldown = self._config.rollback.cooldown_steps
+        why = (
+            "gradients and loss have grown, and there is no snapshot to roll back to (rollback.every_steps too large?)"
+        )
+        return self._event(record, "diverging", "none", why)
+
+    def rebaseline(self) -> None:
+        """The script has changed something on purpose: what was counted so far says nothing of what comes."""
+        self._spikes = self._rescaled = self._healthy_steps = 0
+        self._near_best, self.why_unfit = False, ""
+        self._told -= {"drift", "vanish"}
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    def _count(self, record: StepRecord, trend: Trend) -> None:
+        self._scaler_skips = self._scaler_skips + 1 if record.reason == "scaler_skip" else 0
+        self._near_best = trend.loss_over_best is not None and trend.loss_over_best <= self._config.rollback.near_best
+        if record.reason == "spike":
+            self._spikes += 1
+            self._rescaled += record.action != "skip"
+            self._skips = 0
+        elif record.reason == "nonfinite":
+            self._skips += 1
+        elif record.healthy or record.reason == "left_out":
+            self._spikes = self._rescaled = self._skips = 0
+            self._healthy_steps += 1
+            if self.scale < 1.0:
+                self.scale = min(1.0, self.scale * self._config.backoff.rewarm)
+
+    def _back_off(self, record: StepRecord) -> Event | None:
+        backoff = self._config.backoff
+        if record.reason != "spike" or not 0 < backoff.after_spikes <= self._rescaled:
+            return None
+        spikes, self._rescaled = self._rescaled, 0
+        lowered = max(backoff.floor, self.scale * backoff.factor)
+        if lowered >= self.scale:
+            return None
+        self.scale = lowered
+        done = "learning rate lowered to" if self._acts else "learning rate would be lowered to"
+        message = f"{spikes} spikes in a row: {done} x{lowered:.3g}, back to x1 by x{backoff.rewarm:g} per healthy step"
+        return self._event(record, "spike_streak", "backoff", message)
+
+    def _skipped_too_often(self, record: StepRecord) -> Event | None:
+        stop = self._config.stop
+        where = _place(record)
+        if record.reason == "nonfinite" and self._skips == stop.after_skips:
+            return self._end(
+                record,
+                "skip_streak",
+                f"{self._skips} steps in a row were not finite{where}: the weights no longer move",
+            )
+        if record.reason == "scaler_skip" and self._scaler_skips == stop.after_scaler_skips:
+            return self._end(
+                record,
+                "scaler_streak",
+                f"the GradScaler has skipped {self._scaler_skips} steps in a row{where}: not an overflow of its scale "
+                f"but NaN or Inf in the loss or a gradient; the weights no longer move",
+            )
+        return None
+
+    def _of_trend(self, record: StepRecord, trend: Trend) -> list[Event | None]:
+        config = self._config
+        drifting, risen = trend.drifting, (trend.loss_over_best or 0.0) > config.trend.loss_ratio
+        events = [
+            self._once_while(
+                drifting,
+                record,
+                "drift",
+                f"gradient norms are {config.trend.drift_ratio:g} times their lowest level of the last "
+                f"{config.trend.drift_steps} steps",
+            ),
+            self._once_while(trend.vanished, record, "vanish", "the gradients have vanished"),
+        ]
+        if not (config.rollback.every_steps and drifting and risen and self._cooldown == 0):
+            return events
+        if self.rollbacks >= config.rollback.max:
+            again = f"gradients and loss have grown again after {self.rollbacks} rollbacks"
+            return [*events, self._end(record, "diverging", again) if "stopped" not in self._told else None]
+        if self._acts:
+            self.rollback_due = True
+            return events
+        self.rollbacks, self._cooldown = self.rollbacks + 1, config.rollback.cooldown_steps
+        would = "gradients and loss have grown: would have rolled back to the weights of the oldest snapshot"
+        return [*events, self._event(record, "diverging", "rollback", would)]
+
+    def _of_ranks(self, record: StepRecord, left_out: Sequence[int]) -> list[Event | None]:
+        self._left_out = {rank: self._left_out.get(rank, 0) + 1 for rank in left_out}
+        limit = self._config.leave_out.report_after
+        return [
+            self._event(
+                record,
+                "left_out_streak",
+                "none",
+                f"rank {rank} was left out of the average in {limit} steps in a row: a broken GPU, or bad data in its "
+                f"shard; without it the batch is smaller by its share",
+                rank=rank,
+            )
+            for rank, steps in self._left_out.items()
+            if steps == limit
+        ]
+
+    def _of_replicas(self, record: StepRecord, differing: tuple[int, ...]) -> Event | None:
+        new, self._differing = differing != self._differing, differing
+        if not (new and differing):
+            return None
+        who = _ranks(differing)
+        message = f"the weights of {who} are no longer those of the other ranks"
+        if len(differing) == self._world_size:
+            message = f"{who} no longer hold the same weights, and no majority agrees"
+        if self._config.stop.on_divergence:
+            return self._end(record, "replicas", message, rank=differing[0])
+        return self._event(record, "replicas", "none", message, rank=differing[0])
+
+    def _once_while(self, on: bool, record: StepRecord, kind: StreakReason, message: str) -> Event | None:
+        """Told when it begins, and again only after it has ended."""
+        told = kind in self._told
+        (self._told.add if on else self._told.discard)(kind)
+        return self._event(record, kind, "none", message) if on and not told else None
+
+    def _end(self, record: StepRecord, kind: StreakReason, why: str, rank: int | None = None) -> Event:
+        done = "stopping all ranks" if self._acts else "would have stopped all ranks"
+        self._told.add("stopped")
+        event = self._event(record, kind, "stop", f"{why}: {done}", rank=rank)
+        if self._acts:
+            self.stop = event
+        return event
+
+    def _unfit(self, trend: Trend) -> str:
+        """A lone incident that gradmon has dealt with leaves the weights fit."""
+        harmless = 1 if self._acts else 0
+        if self._differing:
+            return f"the weights of {_ranks(self._differing)} differ"
+        if trend.loss is not None and not math.isfinite(trend.loss):
+            return "the loss is not finite"
+        if self._skips > harmless:
+            return f"gradients were not finite in {self._skips} steps in a row"
+        if self._spikes > harmless:
+            return f"{self._spikes} spikes in a row"
+        if trend.loss_over_best is not None and trend.loss_over_best > self._config.trend.loss_ratio:
+            return f"the running loss is {trend.loss_over_best:.3g} times its best"
+        return ""
+
+    def _event(
+        self, record: StepRecord, kind: StreakReason, action: Action, message: str, rank: int | None = None
+    ) -> Event:
+        found = _event(record, kind, action, message, rank)
+        return dataclasses.replace(found, applied=self._acts and action != "none")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that shapes later actions, as plain values."""
-        return {"streak": self._streak, "scale": self.scale, "scaler_skips": self._scaler_skips}
+        return {
+            "spikes": self._spikes,
+            "rescaled": self._rescaled,
+            "skips": self._skips,
+            "scaler_skips": self._scaler_skips,
+            "left_out": {str(rank): steps for rank, steps in self._left_out.items()},
+            "differing": list(self._differing),
+            "healthy_steps": self._healthy_steps,
+            "near_best": self._near_best,
+            "cooldown": self._cooldown,
+            "told": sorted(self._told),
+            "rollbacks": self.rollbacks,
+            "scale": self.scale,
+            "rollback_due": self.rollback_due,
+            "why_unfit": self.why_unfit,
+            "last_healthy_step": self.last_healthy_step,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self._streak, self.scale = state["streak"], state["scale"]
-        self._scaler_skips = state.get("scaler_skips", 0)
+        """Go on where `state_dict` was taken; what an older version did not save starts anew."""
+        self.scale = float(state["scale"])
+        self._spikes = int(state.get("spikes", state.get("streak", 0)))
+        self._rescaled = int(state.get("rescaled", state.get("streak", 0)))
+        self._skips, self._scaler_skips = int(state.get("skips", 0)), int(state.get("scaler_skips", 0))
+        self._left_out = {int(rank): int(steps) for rank, steps in state.get("left_out", {}).items()}
+        self._differing = tuple(state.get("differing", ()))
+        self._healthy_steps, self._near_best = int(state.get("healthy_steps", 0)), bool(state.get("near_best", False))
+        self._cooldown, self.rollbacks = int(state.get("cooldown", 0)), int(state.get("rollbacks", 0))
+        self._told = set(state.get("told", ()))
+        self.rollback_due = bool(state.get("rollback_due", False))
+        self.why_unfit = str(state.get("why_unfit", ""))
+        self.last_healthy_step = int(state.get("last_healthy_step", 0))
+        self.stop = None
 
 
 def incident(record: StepRecord) -> Event | None:
     """What to tell of a single step; None if it was healthy. Pure."""
-    if record.reason not in ("spike", "nonfinite"):
+    if not record.broken:
         return None
-    where = "" if record.culprit_rank is None else f" on rank {record.culprit_rank}"
-    where += "" if record.parameter is None else f", {record.parameter}"
-    where += "" if record.micro_step is None else f", micro-step {record.micro_step}"
-    if record.reason == "nonfinite":
-        seen = f"{record.nan_count} NaN and {record.inf_count} Inf gradient elements"
-        if not record.nan_count and not record.inf_count:
-            seen = "a gradient norm that is not finite, of finite gradients (too large, or a rank could not measure)"
-    else:
+    if record.reason == "spike":
         seen = f"gradient norm {record.grad_norm:.3g} above the limit {record.grad_norm_limit or 0:.3g}"
+    elif record.reason == "left_out":
+        seen = "gradients not finite before they were averaged"
+    elif record.nan_count or record.inf_count:
+        seen = f"{record.nan_count} NaN and {record.inf_count} Inf gradient elements"
+    else:
+        seen = "a gradient norm that is not finite, of finite gradients (too large, or a rank could not measure)"
     done = _DONE[record.action] if record.applied else f"only watched; would have {_DONE[record.action]}"
     if record.action == "rescale" and record.applied:
         done += f" to {record.grad_norm_applied:.3g}"
-    message = f"{seen}{where}: {done}"
-    return Event(
-        record.step,
-        record.wall_seconds,
-        record.reason,
-        record.action,
-        record.applied,
-        record.culprit_rank,
-        record.parameter,
-        message,
-    )
+    return _event(record, record.reason, record.action, f"{seen}{_place(record)}: {done}")
 
 
-def _scaler_streak(record: StepRecord) -> Event:
+def _ranks(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"rank{'s' * (len(numbers) > 1)} {shown}"
+
+
+def _place(record: StepRecord) -> str:
     where = "" if record.culprit_rank is None else f" on rank {record.culprit_rank}"
     where += "" if record.parameter is None else f", {record.parameter}"
-    message = (
-        f"the GradScaler has skipped {SCALER_STREAK} steps in a row{where}: not an overflow of its scale but NaN or "
-        f"Inf in the loss or a gradient; the weights no longer move"
-    )
+    return where + ("" if record.micro_step is None else f", micro-step {record.micro_step}")
+
+
+def _event(record: StepRecord, kind: Any, action: Action, message: str, rank: int | None = None) -> Event:
     return Event(
-        record.step,
-        record.wall_seconds,
-        "scaler_streak",
-        "none",
-        False,
-        record.culprit_rank,
-        record.parameter,
-        message,
+        step=record.step,
+        wall_seconds=record.wall_seconds,
+        kind=kind,
+        action=action,
+        applied=record.applied,
+        rank=record.culprit_rank if rank is None else rank,
+        parameter=record.parameter,
+        message=message,
     )
 
 
-_DONE = {"none": "left as it was", "rescale": "rescaled", "skip": "skipped the step", "backoff": "backed off"}
+_DONE = {
+    "none": "left as it was",
+    "rescale": "rescaled",
+    "skip": "skipped the step",
+    "leave_out": "left the rank out of the average",
+}

@@ -18,10 +18,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Action = Literal["none", "rescale", "skip", "backoff"]
-Reason = Literal[
-    "healthy", "spike", "max_norm", "nonfinite", "spike_streak", "unsynced", "scaler_skip", "scaler_streak"
+Action = Literal["none", "rescale", "skip", "leave_out", "backoff", "rollback", "stop"]
+#: What one step can be.
+StepReason = Literal["healthy", "max_norm", "spike", "nonfinite", "left_out", "unsynced", "scaler_skip", "diverging"]
+#: What several steps together can show.
+StreakReason = Literal[
+    "spike_streak", "skip_streak", "scaler_streak", "left_out_streak", "drift", "vanish", "diverging", "replicas"
 ]
+Reason = StepReason | StreakReason
 
 #: What is measured of each parameter's gradient, in this order. Counts are of elements; minimum, maximum and abs_max
 #: are over the finite elements (without any: inf, -inf and 0). NaN stands for "not measured in this step"; for
@@ -59,7 +63,7 @@ class StepRecord:
     """Infinite elements in this rank's gradients before the all-reduce."""
     action: Action
     """What the verdict asks for; it was done only if `applied`."""
-    reason: Reason
+    reason: StepReason
     applied: bool
     """False in `mode: observe` and in topologies where gradmon only watches."""
     culprit_rank: int | None
@@ -97,6 +101,8 @@ class StepRecord:
     """GradScaler's factor in this step; None without one."""
     noise_scale_ratio: float | None = None
     """Gradient noise scale (McCandlish et al. 2018) over the global batch size, smoothed; above 1 a larger one pays."""
+    left_out: bool = False
+    """True if this rank's gradients were not finite and counted for nothing in the average."""
     update_ratio: float | None = None
     """Norm of the step's update over the norm of the weights, on a fixed sample of elements; this rank's shard."""
 
@@ -108,7 +114,7 @@ class StepRecord:
     @property
     def broken(self) -> bool:
         """True if the gradients were not fit to be applied: an incident. A GradScaler's skip is none."""
-        return self.reason in ("spike", "nonfinite")
+        return self.reason in ("spike", "nonfinite", "left_out")
 
 
 @dataclass(frozen=True, slots=True)

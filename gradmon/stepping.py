@@ -41,7 +41,9 @@ class StepInProgress:
     """True if a GradScaler has decided not to call the optimizer's step."""
     detail_due: bool
     """True if full statistics are to be written down whatever happens."""
-    updates: UpdateSample | None
+    updates: UpdateSample | None = None
+    rolled_back: bool = False
+    """True if the weights were replaced just before it, so that its gradients are of others."""
 
 
 def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -6,11 +6,11 @@ import dataclasses
 import math
 import time
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 from uuid import uuid4
 
 from gradmon.agent.store import LIVING, Instance, Rank, Run, Store
-from gradmon.record import Event
+from gradmon.record import Action, Event
 
 #: Points per series in one answer, for a few ranks; for many ranks fewer, so that an answer stays below this size.
 POINTS = 2_000
@@ -100,9 +100,9 @@ def _summary(run: Run) -> dict[str, Any]:
 
 
 def _totals(rank: Rank) -> dict[str, int]:
-    """What gradmon did, and what it would have done: "skip", "rescale", "backoff", each also with "would_" before."""
-    totals = {"skip": 0, "rescale": 0, "backoff": 0, "would_skip": 0, "would_rescale": 0, "would_backoff": 0}
-    totals["nonfinite_steps"] = 0
+    """What gradmon did, and what it would have done: "skip", "rescale" and so on, each also with "would_" before."""
+    actions = [action for action in get_args(Action) if action != "none"]
+    totals = {f"{would}{action}": 0 for would in ("", "would_") for action in actions} | {"nonfinite_steps": 0}
     for (name, labels), value in rank.counters().items():
         if name == "gradmon_actions_total":
             action, _, applied = labels

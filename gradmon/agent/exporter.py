@@ -141,6 +141,9 @@ def _run_samples(run: Run, rank: Rank) -> Iterator[Sample]:
     for name, field in RUN_GAUGES.items():
         if field in rank.gauges:
             yield name, labels, rank.gauges[field]
+    for key, name in RESOURCE_METRICS.items():
+        if key in rank.view.samples and "rank" not in METRICS_BY_NAME[name].labels:
+            yield name, labels, rank.view.samples[key]
     elements = rank.gauges.get("element_count", 0.0)
     if elements and "zero_count" in rank.gauges:
         yield "gradmon_grad_zero_ratio", labels, rank.gauges["zero_count"] / elements
@@ -181,7 +184,7 @@ def _rank_samples(run: str, rank: Rank) -> Iterator[Sample]:
     yield "gradmon_rank_finished", labels, float(view.state == "finished")
     yield "gradmon_last_heartbeat_timestamp_seconds", labels, view.beat_seconds
     for key, name in RESOURCE_METRICS.items():
-        if key in view.samples:
+        if key in view.samples and "rank" in METRICS_BY_NAME[name].labels:
             yield name, labels, view.samples[key]
     yield from _counter_samples(run, rank, of_rank=True)
 

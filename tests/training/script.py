@@ -18,6 +18,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--sleep", type=float, default=0.02)
 parser.add_argument("--nan-at", type=int, default=0)
+parser.add_argument("--nan-from", type=int, default=0, help="from there on every batch of rank 1 holds a NaN")
 parser.add_argument("--crash-at", type=int, default=0, help="rank 1 raises there, in the first attempt")
 parser.add_argument("--wait-for", default="", help="a file without which the last step is not taken")
 parser.add_argument("--progress", default="", help="a folder for rank-N files holding the last completed step")
@@ -41,7 +42,7 @@ for step in range(1, args.steps + 1):
     if step == args.crash_at and first_attempt and rank == 1:
         raise RuntimeError("as planned")
     inputs = torch.randn(4, 8)
-    if step == args.nan_at and rank == 1:
+    if rank == 1 and (step == args.nan_at or 0 < args.nan_from <= step):
         inputs[0, 0] = float("nan")
     optimizer.zero_grad()
     loss = model(inputs).square().mean()

@@ -16,9 +16,18 @@ const KINDS = {
   nonfinite: { label: "non-finite", color: "--nonfinite", shape: "cross" },
   spike: { label: "spike", color: "--spike", shape: "triangle" },
   spike_streak: { label: "spikes in a row", color: "--backoff", shape: "square" },
+  left_out: { label: "rank left out", color: "--nonfinite", shape: "square" },
+  left_out_streak: { label: "rank left out again and again", color: "--nonfinite", shape: "square" },
+  skip_streak: { label: "skips in a row", color: "--nonfinite", shape: "square" },
+  scaler_streak: { label: "GradScaler skips in a row", color: "--nonfinite", shape: "square" },
+  diverging: { label: "diverging", color: "--backoff", shape: "square" },
+  drift: { label: "drift", color: "--spike", shape: "square" },
+  vanish: { label: "vanished gradients", color: "--spike", shape: "square" },
+  replicas: { label: "replicas differ", color: "--nonfinite", shape: "square" },
 };
 const OTHER_KIND = { label: "event", color: "--dim", shape: "square" };
-const DONE = { skip: ["skipped", "skip"], rescale: ["rescaled", "rescale"], backoff: ["rate lowered", "lower the rate"] };
+const DONE = { skip: ["skipped", "skip"], rescale: ["rescaled", "rescale"], backoff: ["rate lowered", "lower the rate"],
+  leave_out: ["rank left out", "leave the rank out"], rollback: ["rolled back", "roll back"], stop: ["stopped", "stop"] };
 const STATES = { running: "ok", busy: "warn", stuck: "bad", finished: "calm", failed: "bad", exception: "bad", crashed: "bad" };
 
 const state = {
@@ -559,7 +568,7 @@ function drawRun() {
 
 /** "2 skipped · 1 rescaled", and in observe mode what would have been done. */
 function interventions(totals) {
-  const words = { skip: "skipped", rescale: "rescaled", backoff: "backed off" };
+  const words = { skip: "skipped", rescale: "rescaled", leave_out: "rank left out", backoff: "backed off", rollback: "rolled back", stop: "stopped" };
   const said = (prefix) => Object.keys(words).filter((k) => totals[prefix + k]).map((k) => `${whole(totals[prefix + k])} ${words[k]}`);
   const count = (prefix) => Object.keys(words).reduce((sum, k) => sum + totals[prefix + k], 0);
   const [did, would] = [count(""), count("would_")];

@@ -1,0 +1,60 @@
+"""What gradmon tells of a run, on console and in the journal: events, and failures of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from gradmon.journal import JournalWriter
+from gradmon.log import Announcer
+from gradmon.record import Event
+
+#: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
+_DECIDING = frozenset({"local", "before_clip", "before_step", "act", "rollback", "restore", "after_step"})
+
+
+class Reporter:
+    """One rank's voice and counters.
+
+    Args:
+        rank: who speaks.
+        undecided: called when a part has failed that decides, so that the other ranks learn of it.
+    """
+
+    def __init__(self, rank: int, undecided: Callable[[], None]) -> None:
+        self._rank = rank
+        self._undecided = undecided
+        self.say = Announcer(rank)
+        self.journal: JournalWriter | None = None
+
+    def tell(self, event: Event) -> None:
+        """The culprit speaks of what is its own, rank 0 of the rest; the journal has its steps' incidents already."""
+        of_step = event.kind in ("spike", "nonfinite", "left_out")
+        if not of_step and self.journal is not None:
+            self.journal.put(event)
+        speaker = event.rank if event.rank is not None and of_step else 0
+        if self._rank == speaker:
+            self.say.event(event.kind, f"step {event.step}: {event.message}")
+
+    @contextlib.contextmanager
+    def guarded(self, part: str) -> Iterator[None]:
+        """Promise 7: a failure of ours becomes a counter and one warning, never an exception in training."""
+        try:
+            with torch.no_grad():  # gradients of backward(create_graph=True) carry a graph of their own
+                yield
+        except Exception as error:
+            self.failed(part, error)
+
+    def failed(self, part: str, error: Exception) -> None:
+        """Count it, and say it once."""
+        if part in _DECIDING:
+            self._undecided()
+        if part != "journal" and self.journal is not None:  # the writer counts its own
+            self.journal.count("gradmon_errors_total", (part,))
+        where = traceback.extract_tb(error.__traceback__)
+        at = f" at {Path(where[-1].filename).name}:{where[-1].lineno}" if where else ""
+        self.say.once(f"gradmon's own {part} failed, training goes on: {type(error).__name__}: {error}{at}")
