@@ -21,7 +21,7 @@ from gradmon.detector import Detector, Limits
 from gradmon.landing import Peeked
 from gradmon.policy import Policy, Trend, incident
 from gradmon.record import Event, StepRecord
-from gradmon.snapshots import GENERATIONS, Snapshots
+from gradmon.snapshot import GENERATIONS, Snapshots
 from gradmon.topology import Topology, Watched
 
 #: Steps whose gradients teach nothing: of other weights, not averaged, or not finite by a GradScaler's choice.

@@ -24,7 +24,7 @@ from gradmon.health import HealthFile
 from gradmon.journal import JournalWriter, journal_path
 from gradmon.record import RankIdentity
 from gradmon.resources import Sampler
-from gradmon.snapshots import Snapshots
+from gradmon.snapshot import Snapshots
 from gradmon.topology import Topology, Watched, recognise, watch
 
 #: Settings that may differ between ranks: they say where things lie on a node, not what is decided.

@@ -19,7 +19,7 @@ FLOORS = {
     "record": 0, "metrics": 0, "config": 0, "log": 0, "layers": 0, "locks": 0,
     "kernels": 1, "_triton_kernels": 1, "stats": 1, "rows": 1, "backward": 1, "local": 1, "sharding": 1, "topology": 1,
     "measuring": 1, "updates": 1, "detector": 1, "policy": 1, "actions": 1, "noise": 1, "stepping": 1, "landing": 1,
-    "losses": 1, "resources": 1, "clipping": 1, "scaler": 1, "handshake": 1, "exits": 1, "replicas": 1, "snapshots": 1,
+    "losses": 1, "resources": 1, "clipping": 1, "scaler": 1, "handshake": 1, "exits": 1, "replicas": 1, "snapshot": 1,
     "guard": 1, "health": 1,
     "journal": 2, "identity": 2,
     "agent": 3, "plan": 3, "reporter": 3,
@@ -33,7 +33,7 @@ WITHIN = {
     "measuring": {"backward", "local", "replicas", "rows", "sharding", "stats", "topology"}, "updates": {"stats"},
     "actions": {"detector", "stats"}, "stepping": {"actions", "detector", "measuring", "updates"},
     "landing": {"actions", "detector", "noise", "policy", "replicas", "rows", "stats", "stepping"},
-    "guard": {"actions", "detector", "landing", "policy", "snapshots", "topology"},
+    "guard": {"actions", "detector", "landing", "policy", "snapshot", "topology"},
     "scaler": {"topology"}, "layers": {"record"}, "cli": {"demo"},
 }  # fmt: skip
 PURE = {"record", "metrics", "detector", "policy", "layers", "noise"}

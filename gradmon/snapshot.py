@@ -122,7 +122,8 @@ class _Saved:
         if not isinstance(current, Tensor):
             return False
         part = _part(current)
-        return (part.shape, part.dtype, part.device) == (self.shape, self.dtype, self.device)
+        expanded = 0 in part.stride() and part.numel() > 1
+        return not expanded and (part.shape, part.dtype, part.device) == (self.shape, self.dtype, self.device)
 
     def write(self, current: Tensor) -> Tensor:
         """In place; queued on the device's current stream."""
@@ -142,13 +143,23 @@ class _Saved:
 
 
 @dataclass(slots=True)
+class _OptimizerState:
+    optimizer: Optimizer
+    parameters: list[Tensor]
+    """All it had."""
+    state: dict[Any, Any]
+    """Parameter -> tree."""
+    entries: list[dict[str, Any]]
+    """Of each group those in which the optimizer counts."""
+
+
+@dataclass(slots=True)
 class _Generation:
     step: int
     slot: _Slot
-    named: list[tuple[str, Tensor, _Saved]]
+    named: dict[str, _Saved]
     """Parameters and buffers, by the name that an error calls them."""
-    optimizers: list[tuple[Optimizer, dict[Any, Any], list[dict[str, Any]]]]
-    """Each with its state (parameter -> tree) and the groups' own entries."""
+    optimizers: list[_OptimizerState]
     registered: dict[str, Any]
     """Name -> tree of its state_dict()."""
     saved: list[_Saved]
@@ -234,25 +245,27 @@ class Snapshots:
         CUDA graphs and DDP hold on to them. State that came later goes, what has gone comes back.
 
         Raises:
-            SnapshotError: a parameter or buffer has changed its shape or place; nothing was written.
+            SnapshotError: a parameter or buffer is gone, or has changed its shape or place; nothing was written.
             ValueError: there is no such generation.
         """
         generation = next((held for held in self._held if held.step == step), None)
         if generation is None:
             raise ValueError(f"there is no snapshot of step {step}; those held are of {list(self.steps)}")
-        for name, tensor, saved in generation.named:
-            if not saved.fits(tensor):
+        _reshard(self._model)
+        tensors = self._named()  # anew: a forward may have put another tensor in a buffer's place
+        for name, saved in generation.named.items():
+            if not saved.fits(tensors.get(name)):
                 raise SnapshotError(
-                    f"the snapshot of step {step} can't be put back: {name} is {tuple(tensor.shape)} {tensor.dtype} on "
-                    f"{tensor.device} now; detach and attach gradmon after such a change"
+                    f"the snapshot of step {step} can't be put back: {name} is gone or has another shape, type or "
+                    f"device; detach and attach gradmon after such a change"
                 )
         generation.slot.wait()  # sync: for copies that are many steps old
-        for _, tensor, saved in generation.named:
-            saved.write(tensor)
-        for optimizer, state, entries in generation.optimizers:
-            _put_back_optimizer(optimizer, state, entries)
-        for name, tree in generation.registered.items():
+        for name, tree in generation.registered.items():  # first: one that refuses leaves the rest as it is
             self._registered[name].load_state_dict(_put_back(tree, None))
+        for name, saved in generation.named.items():
+            saved.write(tensors[name])
+        for kept in generation.optimizers:
+            _put_back_optimizer(kept)
         generation.slot.mark(generation.devices())
         self._keep([generation])
 
@@ -278,6 +291,10 @@ class Snapshots:
         """Host memory in use now, with what dropped generations have left for the next."""
         return sum(slot.size_bytes for slot in (*self._spare, *(held.slot for held in self._held)))
 
+    def _named(self) -> dict[str, Tensor]:
+        tensors = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
+        return tensors | {f"buffer {name}": buffer for name, buffer in self._model.named_buffers()}
+
     def _keep(self, generations: list[_Generation]) -> None:
         self._spare += [held.slot for held in self._held if held not in generations]
         self._held = generations
@@ -290,39 +307,47 @@ class Snapshots:
             saved.append(_Saved(tensor.detach()))
             return saved[-1]
 
-        tensors = {f"parameter {n}": p for n, p in self._parameters.items()}
-        tensors |= {f"buffer {n}": b for n, b in self._model.named_buffers()}
+        def keep_all(tree: Any) -> Any:
+            return pytree.tree_map_only(Tensor, keep, tree)
+
+        _reshard(self._model)
         return _Generation(
             step=step,
             slot=_Slot(),
-            named=[(name, tensor, keep(tensor)) for name, tensor in tensors.items()],
+            named={name: keep(tensor) for name, tensor in self._named().items()},
             optimizers=[
-                (
+                _OptimizerState(
                     optimizer,
-                    {p: pytree.tree_map_only(Tensor, keep, dict(state)) for p, state in optimizer.state.items()},
-                    [
-                        pytree.tree_map_only(Tensor, keep, {n: group[n] for n in _own_entries(optimizer, group)})
-                        for group in optimizer.param_groups
-                    ],
+                    parameters=[p for group in optimizer.param_groups for p in group["params"]],
+                    state={p: keep_all(dict(state)) for p, state in optimizer.state.items()},
+                    entries=[keep_all({n: g[n] for n in _own_entries(optimizer, g)}) for g in optimizer.param_groups],
                 )
                 for optimizer in self._optimizers
             ],
-            registered={
-                name: pytree.tree_map_only(Tensor, keep, thing.state_dict()) for name, thing in self._registered.items()
-            },
+            registered={name: keep_all(thing.state_dict()) for name, thing in self._registered.items()},
             saved=saved,
         )
 
 
-def _put_back_optimizer(optimizer: Optimizer, state: dict[Any, Any], entries: list[dict[str, Any]]) -> None:
-    for parameter in [p for p in optimizer.state if p not in state]:
-        del optimizer.state[parameter]
-    for parameter, tree in state.items():
+def _reshard(model: nn.Module) -> None:
+    """Under FSDP2 an evaluation may have left whole copies behind, which would be trained on after a rollback."""
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard) and hasattr(module, "unshard"):
+            reshard()
+
+
+def _put_back_optimizer(kept: _OptimizerState) -> None:
+    optimizer = kept.optimizer
+    for parameter in kept.parameters:
+        if parameter not in kept.state:
+            optimizer.state.pop(parameter, None)
+    for parameter, tree in kept.state.items():
         current = optimizer.state[parameter]
         then = _put_back(tree, dict(current))
         current.clear()
         current.update(then)
-    for group, own in zip(optimizer.param_groups, entries, strict=False):
+    for group, own in zip(optimizer.param_groups, kept.entries, strict=False):
         group.update(_put_back(own, {name: group.get(name) for name in own}))
 
 
