@@ -82,7 +82,7 @@ class ClipConfig:
     spike_ratio: float = _setting(4.0, "a norm this many times the running median is a spike", low=1, above=True)
     spike_sigmas: float = _setting(6.0, "and at least this many of the noise's standard deviations", low=1)
     rescale_first: int = _setting(1, "spikes in a row that are rescaled before the next are skipped", low=0)
-    skip_next: int = _setting(2, "spikes skipped after those, before they are rescaled again; 0: never skip one", low=0)
+    skip_next: int = _setting(3, "spikes skipped after those, before they are rescaled again; 0: never skip one", low=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +105,13 @@ class TrendConfig:
 class BackoffConfig:
     """When the learning rate is lowered, and how it comes back."""
 
-    after_spikes: int = _setting(2, "rescaled spikes in a row before the rate is lowered; 0: never", low=0)
-    factor: float = _setting(0.5, "factor on the learning rate, each time", low=0, high=1, above=True)
+    after_spikes: int = _setting(
+        4, "spikes within a few steps that lower the rate, each further one again; 0: never", low=0
+    )
+    within_steps: int = _setting(16, "how many steps those are", low=1)
+    factor: float = _setting(0.3, "factor on the learning rate, each time", low=0, high=1, above=True)
     floor: float = _setting(0.05, "the scale never goes below this", low=0, high=1, above=True)
-    rewarm: float = _setting(1.02, "factor per healthy step, back to 1", low=1, above=True)
+    rewarm: float = _setting(1.05, "factor per healthy step, back to 1", low=1, above=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +202,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "gentle": {
         "clip.spike_ratio": 8.0,
         "clip.spike_sigmas": 8.0,
-        "backoff.after_spikes": 4,
+        "backoff.after_spikes": 8,
         "trend.drift_ratio": 30.0,
         "trend.loss_ratio": 1.5,
         "stop.after_skips": 50,
@@ -209,7 +212,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "strict": {
         "clip.spike_ratio": 3.0,
         "clip.spike_sigmas": 5.0,
-        "backoff.after_spikes": 1,
+        "backoff.after_spikes": 2,
         "trend.drift_ratio": 5.0,
         "trend.loss_ratio": 1.1,
         "stop.after_skips": 5,

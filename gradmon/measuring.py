@@ -406,7 +406,7 @@ class Measurer:
         elif hook is not None and (found := hook.take_rows()) is not None:
             rows, shared = found, True
             if not self._agree:
-                norm = torch.where(whole(found), torch.ones_like(norm), norm)
+                norm = torch.where(self._average_is_whole(found), torch.ones_like(norm), norm)
         return Measured(
             stats_QK=stats_PK,
             numbers=tuple(range(1, len(stats_PK) + 1)),
@@ -419,8 +419,16 @@ class Measurer:
             full=False,
             backwards=0,
             synced_backwards=0,
+            leaves_out=hook is not None and hook.leaves_out,
             failed=True,
         )
+
+    def _average_is_whole(self, rows: Tensor) -> Tensor:
+        """0-dim: what the other ranks see of the averaged gradients, by a rank that could not measure them."""
+        hook = self._topology.hook
+        if hook is None or not hook.leaves_out:
+            return whole(rows)
+        return torch.stack([g.isfinite().all() for g in self.gradients()]).all()
 
     def settle(self) -> None:
         """This rank's part in adding up partial gradients, if it has not come to it."""

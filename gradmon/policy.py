@@ -4,13 +4,16 @@ A spike is rescaled and a non-finite step skipped on the spot, by the verdict on
 steps is decided here, from records that are equal on all ranks, one step later:
 
 - spikes in a row: the first is rescaled, the next ones are skipped (`skips_spikes`);
-- rescaled spikes in a row: learning rate down, back up with every healthy step;
-- gradients drift up *and* the loss has risen: back to a healthy snapshot, learning rate down; at last, stop;
+- many spikes within a few steps: learning rate down, back up with every healthy step;
+- gradients drift up or spike again and again, *and* the loss has risen: back to a healthy snapshot, learning rate
+  down; at last, stop;
 - skips in a row: stop;
 - ranks whose weights differ, or that are left out again and again: tell.
 
-Skips never lower the rate: a skipped step put nothing into the weights, and where a fifth of all steps is skipped the
-run would starve. Drift alone is an event: a level shift must never stop a run.
+Steps that are not finite never lower the rate: nothing of them is in the weights, and where a fifth of all steps is
+skipped the run would starve. Spikes lower it whether they were skipped or not, but only once there are more of them
+than a bad stretch of data has: what is left to blame is the rate itself. Drift alone is an event: a level shift must
+never stop a run.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ from typing import Any
 
 from gradmon.config import Config
 from gradmon.record import Action, Event, StepRecord, StreakReason
+
+#: A GradScaler that searches for its scale skips a few steps; so many in a row are a true NaN, which halves the scale
+#: for ever. Told where it does not stop the run.
+SCALER_STREAK = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +52,8 @@ class Policy:
         self._world_size = world_size
         self._spikes = 0
         """In a row, however each was treated."""
-        self._rescaled = 0
-        """Of those, since the rate was lowered last."""
+        self._recent: list[int] = []
+        """Steps that were spikes, of the last few."""
         self._skips = 0
         self._scaler_skips = 0
         self._left_out: dict[int, int] = {}
@@ -109,7 +116,7 @@ class Policy:
         self._cooldown = max(0, self._cooldown - 1)
         self._count(record, trend)
         events = [
-            self._back_off(record),
+            self._back_off(record),  # first: what follows asks for the spikes it has counted
             self._skipped_too_often(record),
             *self._of_trend(record, trend),
             *self._of_ranks(record, left_out),
@@ -129,7 +136,8 @@ class Policy:
         self.rollbacks += 1
         self.rollback_due = False
         self._cooldown = self._config.rollback.cooldown_steps
-        self._spikes = self._rescaled = self._healthy_steps = 0
+        self._spikes = self._healthy_steps = 0
+        self._recent.clear()
         self.scale = max(self._config.backoff.floor, self.scale * self._config.backoff.factor)
         self.why_unfit, self.last_healthy_step = "", to_step
         left = self._config.rollback.max - self.rollbacks
@@ -152,7 +160,8 @@ class Policy:
 
     def rebaseline(self) -> None:
         """The script has changed something on purpose: what was counted so far says nothing of what comes."""
-        self._spikes = self._rescaled = self._healthy_steps = 0
+        self._spikes = self._healthy_steps = 0
+        self._recent.clear()
         self._near_best, self.why_unfit = False, ""
         self._told -= {"drift", "vanish"}
 
@@ -163,27 +172,30 @@ class Policy:
         self._near_best = trend.loss_over_best is not None and trend.loss_over_best <= self._config.rollback.near_best
         if record.reason == "spike":
             self._spikes += 1
-            self._rescaled += record.action != "skip"
             self._skips = 0
         elif record.reason == "nonfinite":
             self._skips += 1
         elif record.healthy or record.reason == "left_out":
-            self._spikes = self._rescaled = self._skips = 0
+            self._spikes = self._skips = 0
             self._healthy_steps += 1
             if self.scale < 1.0:
                 self.scale = min(1.0, self.scale * self._config.backoff.rewarm)
 
     def _back_off(self, record: StepRecord) -> Event | None:
         backoff = self._config.backoff
-        if record.reason != "spike" or not 0 < backoff.after_spikes <= self._rescaled:
+        self._recent = [step for step in self._recent if step > record.step - backoff.within_steps]
+        if record.reason != "spike":
             return None
-        spikes, self._rescaled = self._rescaled, 0
+        self._recent.append(record.step)
         lowered = max(backoff.floor, self.scale * backoff.factor)
-        if lowered >= self.scale:
+        if not 0 < backoff.after_spikes <= len(self._recent) or lowered >= self.scale:
             return None
         self.scale = lowered
         done = "learning rate lowered to" if self._acts else "learning rate would be lowered to"
-        message = f"{spikes} spikes in a row: {done} x{lowered:.3g}, back to x1 by x{backoff.rewarm:g} per healthy step"
+        message = (
+            f"{len(self._recent)} spikes within {backoff.within_steps} steps: {done} x{lowered:.3g}, "
+            f"back to x1 by x{backoff.rewarm:g} per healthy step"
+        )
         return self._event(record, "spike_streak", "backoff", message)
 
     def _skipped_too_often(self, record: StepRecord) -> Event | None:
@@ -195,14 +207,15 @@ class Policy:
                 "skip_streak",
                 f"{self._skips} steps in a row were not finite{where}: the weights no longer move",
             )
-        if record.reason == "scaler_skip" and self._scaler_skips == stop.after_scaler_skips:
-            return self._end(
-                record,
-                "scaler_streak",
-                f"the GradScaler has skipped {self._scaler_skips} steps in a row{where}: not an overflow of its scale "
-                f"but NaN or Inf in the loss or a gradient; the weights no longer move",
-            )
-        return None
+        if record.reason != "scaler_skip" or self._scaler_skips != (stop.after_scaler_skips or SCALER_STREAK):
+            return None
+        why = (
+            f"the GradScaler has skipped {self._scaler_skips} steps in a row{where}: not an overflow of its scale but "
+            f"NaN or Inf in the loss or a gradient; the weights no longer move"
+        )
+        if stop.after_scaler_skips:
+            return self._end(record, "scaler_streak", why)
+        return self._event(record, "scaler_streak", "none", why)
 
     def _of_trend(self, record: StepRecord, trend: Trend) -> list[Event | None]:
         config = self._config
@@ -217,7 +230,8 @@ class Policy:
             ),
             self._once_while(trend.vanished, record, "vanish", "the gradients have vanished"),
         ]
-        if not (config.rollback.every_steps and drifting and risen and self._cooldown == 0):
+        grown = drifting or 0 < config.backoff.after_spikes <= len(self._recent)
+        if not (config.rollback.every_steps and grown and risen and self._cooldown == 0):
             return events
         if self.rollbacks >= config.rollback.max:
             again = f"gradients and loss have grown again after {self.rollbacks} rollbacks"
@@ -296,7 +310,7 @@ class Policy:
         """Everything that shapes later actions, as plain values."""
         return {
             "spikes": self._spikes,
-            "rescaled": self._rescaled,
+            "recent": list(self._recent),
             "skips": self._skips,
             "scaler_skips": self._scaler_skips,
             "left_out": {str(rank): steps for rank, steps in self._left_out.items()},
@@ -316,7 +330,7 @@ class Policy:
         """Go on where `state_dict` was taken; what an older version did not save starts anew."""
         self.scale = float(state["scale"])
         self._spikes = int(state.get("spikes", state.get("streak", 0)))
-        self._rescaled = int(state.get("rescaled", state.get("streak", 0)))
+        self._recent = [int(step) for step in state.get("recent", ())]
         self._skips, self._scaler_skips = int(state.get("skips", 0)), int(state.get("scaler_skips", 0))
         self._left_out = {int(rank): int(steps) for rank, steps in state.get("left_out", {}).items()}
         self._differing = tuple(state.get("differing", ()))

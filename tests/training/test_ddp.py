@@ -177,7 +177,7 @@ def test_rescaled_step_is_the_one_plain_torch_would_take(two_ranks: Ranks, tmp_p
 
 
 def test_spikes_in_a_row_lower_the_rate_and_it_comes_back(two_ranks: Ranks, tmp_path: Path) -> None:
-    config = {"backoff": {"rewarm": 1.5}}
+    config = {"backoff": {"after_spikes": 2, "factor": 0.5, "rewarm": 1.5}}
     job = Job(str(tmp_path), steps=30, config=config, spike=((0, 15), (0, 16)))
     outcomes = two_ranks.run(toy.train, job)
     assert_replicas_equal(outcomes)
@@ -190,14 +190,16 @@ def test_spikes_in_a_row_lower_the_rate_and_it_comes_back(two_ranks: Ranks, tmp_
 
 
 def test_observe_mode_changes_nothing_and_says_what_it_would_have_done(two_ranks: Ranks, tmp_path: Path) -> None:
-    job = Job(str(tmp_path), steps=20, config={"mode": "observe"}, spike=((1, 15), (1, 16)))
+    spikes = ((1, 15), (1, 16), (1, 17), (1, 18))
+    job = Job(str(tmp_path), steps=20, config={"mode": "observe"}, spike=spikes)
     for without, attached in two_ranks.run(toy.train_both, job):
         assert equal(without.parameters, attached.parameters)
         step = records(attached)[15]
         assert (step.action, step.applied, step.culprit_rank) == ("rescale", False, 1)
         assert step.grad_norm_applied == step.grad_norm
         counters = attached.journal.counters
-        assert counters["gradmon_actions_total", ("rescale", "spike", "no")] == 2
+        assert counters["gradmon_actions_total", ("rescale", "spike", "no")] == 1
+        assert counters["gradmon_actions_total", ("skip", "spike", "no")] == 3
         assert counters["gradmon_actions_total", ("backoff", "spike_streak", "no")] == 1
         assert all(r.learning_rate_scale == 1 for r in records(attached).values())
 
@@ -265,7 +267,7 @@ def unequal_threads(job: Job) -> Outcome:
 
 
 def test_unequal_thread_counts_still_decide_alike(two_ranks: Ranks, tmp_path: Path) -> None:
-    job = Job(str(tmp_path), steps=30, optimizer="sgd", nan=((0, 12),), spike=((1, 20), (1, 21)))
+    job = Job(str(tmp_path), steps=30, optimizer="sgd", nan=((0, 12),), spike=((1, 20), (1, 23)))
     outcomes = two_ranks.run(unequal_threads, job)
     assert_replicas_equal(outcomes)
     norms = [[r.grad_norm for s, r in records(o).items() if s != 12] for o in outcomes]
