@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
+import gradmon
 from gradmon.config import Config, load
 from gradmon.metrics import METRICS
 
@@ -41,12 +44,27 @@ def test_the_settings_shown_are_the_defaults() -> None:
 
 def test_the_example_runs(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text(block("python", "gradmon.attach"))
+    script.write_text(block("python", "import gradmon"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "GRADMON_DIR": str(tmp_path), "GRADMON_AGENT": "off", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "guarding run train (2 ranks)" in done.stderr
+
+
+def test_the_rollback_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADMON_DIR", str(tmp_path))
+    monkeypatch.setenv("GRADMON_AGENT", "off")
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    loss, saved, deleted = torch.ones(()), [], []
+    names = {"gradmon": gradmon, "model": model, "optimizer": optimizer, "average": average, "loss": loss}
+    names |= {"save": saved.append, "delete_the_oldest": lambda: deleted.append(1)}
+    exec(block("python", "monitor.register"), names)  # noqa: S102
+    names["monitor"].detach()
+    assert saved == [model]
+    assert deleted == [1], "healthy"
 
 
 if __name__ == "__main__":
