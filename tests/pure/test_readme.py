@@ -61,7 +61,7 @@ def test_the_rollback_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     loss, saved, deleted = torch.ones(()), [], []
     names = {"gradmon": gradmon, "model": model, "optimizer": optimizer, "average": average, "loss": loss}
     names |= {"save": saved.append, "delete_the_oldest": lambda: deleted.append(1)}
-    exec(block("python", "monitor.register"), names)  # noqa: S102
+    exec(block("python", "monitor.register"), names)
     names["monitor"].detach()
     assert saved == [model]
     assert deleted == [1], "healthy"

@@ -154,9 +154,9 @@ def test_losses_belong_to_their_step(directory: Path, when: str) -> None:
 
 
 def test_state_goes_on(directory: Path) -> None:
-    """Resumed == uninterrupted: the same spike is judged the same way."""
+    """Resumed == uninterrupted: the same spikes are judged the same way, also in the middle of the ladder."""
 
-    def run(resume_at: int | None) -> tuple[list[torch.Tensor], list[tuple[int, str, float | None]]]:
+    def run(resume_at: int | None) -> tuple[list[torch.Tensor], list[tuple[int, str, float | None, float]]]:
         model, optimizer = parts()
         generator = torch.Generator().manual_seed(5)
         monitor = gradmon.attach(model, optimizer)
@@ -164,7 +164,7 @@ def test_state_goes_on(directory: Path) -> None:
         for step in range(1, 41):
             optimizer.zero_grad()
             loss = model(torch.randn(4, toy.FEATURES, generator=generator)).square().mean()
-            (loss * (1000 if step in (30, 31) else 1)).backward()
+            (loss * (1000 if step in range(30, 34) else 1)).backward()
             optimizer.step()
             if step == resume_at:
                 state = monitor.state_dict()
@@ -175,11 +175,19 @@ def test_state_goes_on(directory: Path) -> None:
         monitor.detach()
         seen += read_journal(monitor.journal_path).steps
         parameters = [p.detach().clone() for p in model.parameters()]
-        return parameters, [(made.step, made.action, made.grad_norm_limit) for _, made in seen]
+        told = [(made.step, made.action, made.grad_norm_limit, made.learning_rate_scale) for _, made in seen]
+        return parameters, told
 
     straight = run(None)
-    assert [(step, action) for step, action, _ in straight[1] if action != "none"] == [(30, "rescale"), (31, "skip")]
-    for at in (20, 30, 31):
+    assert [action for step, action, *_ in straight[1] if 30 <= step < 35] == [
+        "rescale",
+        "skip",
+        "skip",
+        "skip",
+        "none",
+    ]
+    assert [scale for step, *_, scale in straight[1] if 33 <= step < 36] == [1, 0.3, 0.3 * 1.05]
+    for at in (20, 30, 31, 33, 35):
         assert toy.equal(run(at), straight)
 
 
