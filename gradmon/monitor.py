@@ -118,8 +118,7 @@ class Monitor:
             say=lambda message: self._say.once(message),
             failed=lambda error: self._failed("local", error),
         )
-        self._noise = NoiseScale()
-        self._pid = os.getpid()
+        self._noise, self._pid = NoiseScale(), os.getpid()
         self._actions = {o: OptimizerActions(o) for o in self._watched.optimizers}
         self._handles: list[Any] = []
         self._stepped: list[Optimizer] = []
@@ -134,12 +133,9 @@ class Monitor:
         self._loss_follows: bool | None = None
         self._closure: Optimizer | None = None
         self._one_device = len({p.device for p in self._watched.parameters}) == 1
-        self._count = 0
-        self._made = 0
-        self._errors_seen = 0
+        self._count = self._made = self._errors_seen = 0
         self._last_end: float | None = None
-        self._withdrawn = False
-        self._attached = True
+        self._withdrawn, self._attached = False, True
         self._identity = identity_of(plan, agreement)
         self.run = self._identity.run
         self._reporter = Reporter(self._identity.rank, self._measurer.count_error)
@@ -151,15 +147,16 @@ class Monitor:
         self._journal = self._reporter.journal = open_journal(
             plan, self._identity, self._failed, self._say.once, self._health, self._guard.snapshots
         )
-        self.journal_path = None if self._journal is None else self._journal.path
+        self.journal_path = self._journal and self._journal.path
         self._clip_watch = ClipWatch(self._before_clip)
         self._scaler_watch = ScalerWatch(lambda optimizer: optimizer in self._actions, self._left_out)
         self._exit_watch = ExitWatch()
         try:
             self._start_hooks()
             if self._identity.rank == 0:
-                held = None if self._guard.snapshots is None else self._guard.snapshots.bytes_needed()
-                for level, line in opening_lines(plan, agreement, self._identity, acts=self._acts, snapshot_bytes=held):
+                for level, line in opening_lines(
+                    plan, agreement, self._identity, self._guard.snapshots, acts=self._acts
+                ):
                     self._say.once(line, level)
             if self._identity.local_rank == 0 and self._config.agent.start == "auto":
                 with self._guarded("agent"):

@@ -206,7 +206,7 @@ def open_journal(
 
 
 def opening_lines(
-    plan: Plan, agreement: Agreement, identity: RankIdentity, *, acts: bool, snapshot_bytes: int | None
+    plan: Plan, agreement: Agreement, identity: RankIdentity, snapshots: Snapshots | None, *, acts: bool
 ) -> Iterator[tuple[int, str]]:
     """(level, line): what rank 0 says of a run when it begins, and of settings that have no effect in it."""
     topology, settings = plan.topology, plan.config
@@ -221,8 +221,9 @@ def opening_lines(
             logging.WARNING,
             "devices, thread counts or torch differ between ranks: one more small all-reduce per step",
         )
-    if snapshot_bytes is not None:
-        yield logging.INFO, f"rollback keeps snapshots: up to {snapshot_bytes / 2**30:.3g} GiB of host memory per rank"
+    if snapshots is not None:
+        gib = snapshots.bytes_needed() / 2**30
+        yield logging.INFO, f"rollback keeps snapshots: up to {gib:.3g} GiB of host memory per rank"
     elif settings.rollback.every_steps:
         yield logging.WARNING, "rollback.every_steps has no effect where gradmon only watches"
     if settings.leave_out.bad_rank and (topology.hook is None or settings.mode == "observe"):
