@@ -98,7 +98,7 @@ class TrendConfig:
     )
     vanish_steps: int = _setting(500, "steps over which that highest level is looked for", low=32)
     vanish_after: int = _setting(1000, "no gradient is said to vanish before this step", low=0)
-    loss_ratio: float = _setting(1.15, "a running loss this many times its best has risen", low=1, above=True)
+    loss_ratio: float = _setting(1.15, "a running loss this far above its best (1: at it) has risen", low=1, above=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class RollbackConfig:
         0, "healthy steps between snapshots, three are kept in host memory; 0: no rollback", low=0
     )
     max: int = _setting(3, "rollbacks of a run; when they are used up and the next is due, the run stops", low=1)
-    near_best: float = _setting(1.05, "no snapshot while the running loss is above this many times its best", low=1)
+    near_best: float = _setting(1.05, "no snapshot while the running loss is this far above its best (1: at it)", low=1)
     cooldown_steps: int = _setting(32, "steps after a rollback before the next", low=0)
 
 

@@ -24,7 +24,9 @@ Trends, over the steps that have a y; told, no limit depends on them:
   that the second limit lets through is a drift as soon as it has gone so far;
 - vanished: the median of the last 16 y < the highest one in the last `vanish_steps` - log `vanish_ratio`, after
   `vanish_after` steps; or the norm is 0;
-- the loss over its best: median of the last 16 finite losses over the lowest such median so far.
+- the loss over its best: 1 + (l - b) / max(b, 2/3 (a - b)), with l = median of the last 16 finite losses, b = the
+  lowest such median so far and a = the first one. That is l / b, unless b is small beside what has been learnt: a loss
+  that has fallen to a thousandth of its start bounces around it by multiples, and has lost nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ _SIGMA_FLOOR = 0.05
 _MAD_TO_SIGMA = 1.4826
 _FULL_CONFIDENCE = 32
 _LOG_2 = math.log(2)
+_LEARNT_SHARE = 2 / 3
 _DEFAULT_TREND = TrendConfig()
 
 
@@ -180,14 +183,15 @@ class Detector:
 
     @property
     def loss_over_best(self) -> float | None:
-        """Running median of the loss over the lowest so far; None before 16 losses and where that is not above 0."""
+        """How far the running loss is above its best, 1 at it; None before 16 losses and where that is not above 0."""
         if len(self._losses) < RECENT or self._best_loss <= 0:
             return None
-        return self._losses.median() / self._best_loss
+        best = self._best_loss
+        return 1 + (self._losses.median() - best) / max(best, _LEARNT_SHARE * (self._first_loss - best))
 
     @property
     def loss_risen(self) -> bool:
-        """True while the running loss is more than `loss_ratio` times its best."""
+        """True while the running loss is `loss_ratio` above its best, as `loss_over_best` counts."""
         ratio = self.loss_over_best
         return ratio is not None and ratio > self._trend.loss_ratio
 
@@ -208,6 +212,7 @@ class Detector:
             "negated_recent": [list(pair) for pair in self._negated.kept()],
             "zero": self._zero,
             "losses": self._losses.values(),
+            "first_loss": self._first_loss if math.isfinite(self._first_loss) else None,
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
         }
 
@@ -231,10 +236,14 @@ class Detector:
         self._zero = bool(known.get("zero"))
         self._losses = RunningMedian(RECENT, known.get("losses", ()))
         self._best_loss: float = math.inf if best_loss is None else best_loss
+        first_loss = known.get("first_loss")
+        self._first_loss: float = self._best_loss if first_loss is None else first_loss
 
     def _learn_loss(self, loss: float) -> None:
         self._losses.append(loss)
         if len(self._losses) == RECENT:
+            if math.isinf(self._first_loss):
+                self._first_loss = self._losses.median()
             self._best_loss = min(self._best_loss, self._losses.median())
 
     def _learn_level(self, level: float) -> None:

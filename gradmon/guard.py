@@ -1,7 +1,7 @@
 """Detector, policy and snapshots as one: what a finished step teaches, and what the next one may be.
 
-All that is decided here is decided by values that are equal on all ranks, at the same step. Only `prepare` speaks to
-the other ranks, and only before a rollback: a snapshot may have failed on one of them.
+All that is decided here is decided by values that are equal on all ranks, at the same step. Only `roll_back` speaks
+to the other ranks: a snapshot may have failed on one of them, or may not fit there any more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gradmon.detector import Detector, Limits
 from gradmon.landing import Peeked
 from gradmon.policy import Policy, Trend, incident
 from gradmon.record import Event, StepRecord
-from gradmon.snapshot import GENERATIONS, Snapshots
+from gradmon.snapshot import GENERATIONS, Snapshots, check_registrable
 from gradmon.topology import Topology, Watched
 
 #: Steps whose gradients teach nothing: of other weights, not averaged, or not finite by a GradScaler's choice.
@@ -43,17 +43,21 @@ class Guard:
     def __init__(self, config: Config, watched: Watched, topology: Topology, say: Callable[[str], None]) -> None:
         self._topology = topology
         self._device = watched.device
+        self._config = config
         self._say = say
-        group = topology.group
+        self._world_size = 1 if topology.group is None else dist.get_world_size(topology.group)
         self._detector = Detector(config.clip, config.trend)
-        self._policy = Policy(config, 1 if group is None else dist.get_world_size(group))
+        self._policy = Policy(config, self._world_size)
         self._newest: StepRecord | None = None
         self._learned = 0
         self.snapshots: Snapshots | None = None
         """None unless rollback is switched on and can be done here."""
         if config.rollback.every_steps and config.mode == "guard" and topology.acts:
-            parameters = dict(zip(watched.names, watched.parameters, strict=True))
-            self.snapshots = Snapshots(topology.model, parameters, watched.optimizers)
+            self.snapshots = Snapshots(
+                topology.model,
+                lambda: {n: p for n, p in zip(watched.names, watched.parameters, strict=True) if p.requires_grad},
+                watched.optimizers,
+            )
         self._references: dict[int, dict[str, Any]] = {}
         """Step of a snapshot -> the detector's state at that time."""
 
@@ -95,6 +99,8 @@ class Guard:
     def learn(self, peeked: Peeked, *, acts: bool) -> list[Event]:
         """Take in a finished step; what is to be told of it. `acts`: whether gradmon does what it decides."""
         record = self._newest = peeked.record
+        if peeked.alone:  # the others do not know this step: what was learnt from it would differ between ranks
+            return [event for event in (incident(record),) if event is not None]
         self._learned += 1
         if record.reason not in _NOT_LEARNED:
             self._detector.update(record.grad_norm, peeked.mean_loss)
@@ -108,56 +114,120 @@ class Guard:
         events = self._policy.update(record, trend, acts=acts, left_out=peeked.left_out, differing=peeked.differing)
         return [event for event in (incident(record), *events) if event is not None]
 
-    def prepare(self, step: int) -> Event | None:
-        """Before step `step`, on all ranks: take the snapshot or do the rollback that is due.
+    def register(self, name: str, thing: Any) -> None:
+        """See `Monitor.register`."""
+        check_registrable(name, thing)
+        if self.snapshots is None:
+            self._say(
+                "monitor.register has no effect: there is no rollback here (rollback.every_steps, mode, topology)"
+            )
+        else:
+            self.snapshots.register(name, thing)
+
+    @property
+    def snapshot_due(self) -> bool:
+        """True if the weights as they are now are to be kept; `take` follows."""
+        return self.snapshots is not None and self._policy.snapshot_due and not self._paused()
+
+    def take(self, step: int) -> None:
+        """Keep the weights after `step`. If that fails on one rank the others have theirs, and the next comes."""
+        self._policy.snapshot_taken()
+        if self.snapshots is not None:
+            self.snapshots.take(step)
+            self._references = {s: known for s, known in self._references.items() if s in self.snapshots.steps}
+            self._references[step] = self._detector.state_dict()
+
+    def roll_back(self) -> Event | None:
+        """The rollback that is due, if one is: on all ranks, or on none.
 
         Returns:
-            What was rolled back, if anything was: then the gradients that are there are of weights that are gone.
+            What was done. After an action `rollback` the gradients that are there are of weights that are gone.
         """
         snapshots, newest, policy = self.snapshots, self._newest, self._policy
-        if snapshots is None or newest is None or self._topology.joining():
+        if snapshots is None or newest is None or not policy.rollback_due or self._paused():
             return None
-        if policy.snapshot_due:
-            policy.snapshot_taken()  # first: a snapshot that fails on one rank must not change when the next is due
-            snapshots.take(step - 1)
-            self._references = {s: known for s, known in self._references.items() if s in snapshots.steps}
-            self._references[step - 1] = self._detector.state_dict()
-        if not policy.rollback_due:
-            return None
-        common = self._held_by_all(snapshots.steps)
+        common = self._held_by_all(snapshots.restorable())
         if not common:
             return policy.cannot_roll_back(newest)
-        snapshots.restore(common[0])
+        failed: Exception | None = None
+        try:
+            snapshots.restore(common[0])
+        except Exception as error:  # of a registered thing, most likely
+            failed = error
+        event = policy.rolled_back(newest, common[0])
         # The references of that time, not none: the guard is up at once, and what has grown since is forgotten.
-        self._detector.load_state_dict(self._references[common[0]])
-        return policy.rolled_back(newest, common[0])
+        references = self._references.get(common[0])
+        if references is None:
+            self._detector.rebaseline()
+        else:
+            self._detector.load_state_dict(references)
+        if self._on_any(failed is not None):
+            return policy.rollback_failed(newest, f": {failed}" if failed else " on another rank")
+        return event
+
+    def _paused(self) -> bool:
+        """Inside `Join` a rank that has run out of data would not come to the collective."""
+        joining = self._topology.joining()
+        if joining:
+            self._say("rollback pauses from the first model.join() on, in which ranks run out of data one by one")
+        return joining
 
     def rebaseline(self) -> None:
         """Forget every reference: what comes is not to be compared with what was."""
         self._detector.rebaseline()
         self._policy.rebaseline()
+        self._references.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, Any]:
         """Everything that shapes later decisions, as plain values."""
-        return {"detector": self._detector.state_dict(), "policy": self._policy.state_dict()}
+        return {
+            "version": 1,
+            "step": step,
+            "detector": self._detector.state_dict(),
+            "policy": self._policy.state_dict(),
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Snapshots are of the weights before and are dropped."""
-        self._detector.load_state_dict(state["detector"])
-        self._policy.load_state_dict(state["policy"])
-        self._newest = None
+    def load_state_dict(self, state: Mapping[str, Any]) -> int:
+        """Go on where `state_dict` was taken; its step. Snapshots, which are of other weights, are dropped.
+
+        Raises:
+            ValueError: not such a state; nothing has changed.
+        """
+        if state.get("version") != 1 or {"step", "detector", "policy"} - state.keys():
+            raise ValueError(
+                f"gradmon state must have version 1 (got {state.get('version')!r}), step, detector and policy; "
+                f"pass what Monitor.state_dict() returned"
+            )
+        detector, policy = Detector(self._config.clip, self._config.trend), Policy(self._config, self._world_size)
+        try:
+            detector.load_state_dict(state["detector"])
+            policy.load_state_dict(state["policy"])
+            step = int(state["step"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"gradmon state is damaged ({error!r}); pass what Monitor.state_dict() returned") from None
+        self._detector, self._policy, self._newest = detector, policy, None
         self._references.clear()
         if self.snapshots is not None:
             self.snapshots.clear()
+        return step
 
     def _held_by_all(self, own: tuple[int, ...]) -> list[int]:
         """Steps, oldest first, of which every rank has a snapshot."""
         group = self._topology.group
-        if group is None or dist.get_world_size(group) == 1:
+        if group is None or self._world_size == 1:
             return list(own)
-        held_WG = torch.zeros(dist.get_world_size(group), GENERATIONS, dtype=torch.int64, device=self._device)
+        held_WG = torch.zeros(self._world_size, GENERATIONS, dtype=torch.int64, device=self._device)
         if own:
             held_WG[dist.get_rank(group), : len(own)] = torch.tensor(own, device=self._device)
         dist.all_reduce(held_WG, group=group)
         rows = held_WG.tolist()  # sync: before a rollback only
         return sorted(set.intersection(*(set(row) for row in rows)) - {0})
+
+    def _on_any(self, here: bool) -> bool:
+        """True if it is so on one of the ranks."""
+        group = self._topology.group
+        if group is None or self._world_size == 1:
+            return here
+        count = torch.full((), float(here), device=self._device)
+        dist.all_reduce(count, group=group)
+        return float(count) > 0  # sync: after a rollback only

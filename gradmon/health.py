@@ -48,7 +48,7 @@ class HealthFile:
             OSError: the file can't be written.
         """
         health = self.newest
-        if self.path is None or health == self._written:
+        if self.path is None or health == self._written or not health.step:  # nothing is known yet: leave what is there
             return
         content = {
             "run": self._run,
@@ -69,7 +69,9 @@ class HealthFile:
         self._written = health
 
     def sample(self) -> Mapping[str, float]:
-        """For the metrics."""
+        """For the metrics; nothing before the first step."""
+        if not self.newest.step:
+            return {}
         return {
             "healthy": float(not self.newest.why_unfit),
             "last_healthy_step": float(self.newest.last_healthy_step),

@@ -26,6 +26,7 @@ from gradmon.rows import (
     ROW_CHECKSUM,
     ROW_ERRORS,
     ROW_INF,
+    ROW_JOINED,
     ROW_LOSS,
     ROW_LOSSES,
     ROW_MICRO_STEP,
@@ -142,7 +143,7 @@ def pack(step: StepInProgress, update_ratio: Tensor | None) -> Tensor:
 
 
 #: What all ranks must know of a step that looks healthy: by rank.
-_PEEKED = (ROW_SUM_OF_SQUARES, ROW_LOSS, ROW_LOSSES, ROW_CHECKSUM)
+_PEEKED = (ROW_SUM_OF_SQUARES, ROW_LOSS, ROW_LOSSES, ROW_CHECKSUM, ROW_JOINED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,8 @@ class Peeked:
     """Ranks left out of the average."""
     differing: tuple[int, ...] | None
     """Ranks whose weights differ from those of most; None where they were not compared."""
+    alone: bool = False
+    """True inside `Join` if a rank had run out of data and made no step of its own."""
 
 
 class LandingStep:
@@ -190,7 +193,7 @@ class LandingStep:
         values = self._vector.values()
         head: list[float] = values[: len(_HEAD)].tolist()
         rows_WR = values[len(_HEAD) :].view(-1, len(ROW))
-        squares, losses, observed, checksums = (
+        squares, losses, observed, checksums, joined = (
             rows_WR.index_select(1, stats.numbers(_PEEKED, rows_WR.device)).t().tolist()
         )
         record = self._record(head, None, None, None)
@@ -204,6 +207,7 @@ class LandingStep:
             mean_loss=_mean_loss(losses, observed) if known.all_rows else None,
             left_out=tuple(broken) if known.leaves_out and record.reason != "nonfinite" else (),
             differing=differing(checksums) if compared else None,
+            alone=known.all_rows and any(joined),
         )
 
     def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
@@ -258,7 +262,7 @@ class LandingStep:
         if known.rolled_back:
             action, why, applied_norm = "rollback", "diverging", 0.0
         culprit, parameter, micro_step = (None, None, None) if seen is None else seen.culprit(why)
-        applied = known.applied or why in ("scaler_skip", "diverging")
+        applied = known.applied or why in ("scaler_skip", "diverging", "left_out")
         record = StepRecord(
             step=known.step,
             wall_seconds=known.wall_seconds,

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradmon import stats
 from gradmon.backward import BackwardWatch
-from gradmon.rows import ROW, ROW_CHECKSUM, ROW_ERRORS, ROW_SUM_OF_SQUARES, rank_row, share_rows, whole
+from gradmon.rows import ROW, ROW_CHECKSUM, ROW_ERRORS, ROW_JOINED, ROW_SUM_OF_SQUARES, rank_row, share_rows, whole
 
 #: Backwards of one step whose rows are kept until it.
 _MOST_BACKWARDS = 64
@@ -305,7 +305,9 @@ class LocalHook:
         self.local = (stats_PK, arrived)
         micro_step = 0 if self.backwards is None else self.backwards.count + 1
         row = rank_row(stats_PK, order_P, micro_step=micro_step, loss=self.loss, errors=self.errors)
-        if self.checksum is not None:
+        if self._has_joined():
+            row[ROW_JOINED].fill_(1)
+        elif self.checksum is not None:
             row[ROW_CHECKSUM] = self.checksum
         return row if self.backwards is None else self.backwards.blame(row, len(self._fresh))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -43,6 +44,18 @@ class Announcer:
             logger.setLevel(logging.NOTSET)
             logger.propagate = True
             self._handler = None
+
+    def last_word(self, message: str) -> None:
+        """Say it where a person sees it, also if the script's logging goes to a file only."""
+        self._log(logging.ERROR, message)
+        current: logging.Logger | None = logger
+        handlers: list[logging.Handler] = []
+        while current is not None:
+            handlers += current.handlers
+            current = current.parent if current.propagate else None
+        on_console = (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
+        if not any(getattr(handler, "stream", None) in on_console for handler in handlers):
+            print(f"gradmon[rank {self._rank}] {message}", file=sys.stderr)
 
     def once(self, message: str, level: int = logging.WARNING) -> None:
         """Say this once per attachment."""

@@ -28,7 +28,6 @@ from gradmon.local import RegistrationWatch
 from gradmon.replicas import checksum
 from gradmon.rows import (
     ROW,
-    ROW_CHECKSUM,
     ROW_ERRORS,
     ROW_LEFT,
     ROW_MICRO_STEP,
@@ -112,7 +111,6 @@ class Measurer:
         self._config = config
         self._agree = agree
         self._leave_out = leave_out
-        self._checksum: Tensor | None = None
         self._say = say
         self._failed = failed
         self._held = self._ids_held()
@@ -203,12 +201,15 @@ class Measurer:
             self._topology.hook.errors = self.errors
 
     def compare_weights(self, *, due: bool) -> None:
-        """Let the next step's rows carry a checksum of this rank's weights, where all ranks hold the same."""
-        known = self._topology
-        replicated = known.acts and known.ddp is not None
-        self._checksum = checksum(self.watched.parameters) if due and replicated else None
-        if known.hook is not None:
-            known.hook.checksum = self._checksum
+        """Let the next step's rows carry a checksum of this rank's weights, where all ranks hold the same.
+
+        Beside a hook of the script's nobody knows: local SGD lets replicas differ on purpose.
+        """
+        hook = self._topology.hook
+        if hook is not None:
+            hook.checksum = None
+            if due and hook.shares:
+                hook.checksum = checksum(self.watched.parameters)
 
     def may_judge(self) -> bool:
         """False inside `Join` where a rank that has run out of data would miss an all-reduce at step time."""
@@ -375,8 +376,6 @@ class Measurer:
             row.copy_(measured.rows[0])
             row[ROW_NORM], row[ROW_LEFT] = _comparable(measured.norm), _comparable(left)
             row[ROW_SYNCED].fill_(float(measured.synced))
-            if self._checksum is not None:
-                row[ROW_CHECKSUM] = self._checksum
             dist.all_reduce(rows_WR, group=group)
             measured.rows, measured.shared, measured.synced = rows_WR, True, True
             measured.norm, left = rows_WR[:, ROW_NORM].max(), rows_WR[:, ROW_LEFT].max()

@@ -11,7 +11,6 @@ records, the verdict is reached on the device, and its numbers are read exactly 
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -138,11 +137,11 @@ class Monitor:
         self._withdrawn, self._attached = False, True
         self._identity = identity_of(plan, agreement)
         self.run = self._identity.run
-        self._reporter = Reporter(self._identity.rank, self._measurer.count_error)
+        self._health = HealthFile(health_path(plan, self._identity), self.run)
+        self._reporter = Reporter(self._identity.rank, self._measurer.count_error, self._health)
         self._say, self._guarded, self._failed = self._reporter.say, self._reporter.guarded, self._reporter.failed
         self._say.start()
         self._guard = Guard(self._config, self._watched, self._topology, self._say.once)
-        self._health = HealthFile(health_path(plan, self._identity), self.run)
         self.health_path = self._health.path
         self._journal = self._reporter.journal = open_journal(
             plan, self._identity, self._failed, self._say.once, self._health, self._guard.snapshots
@@ -219,10 +218,7 @@ class Monitor:
             TypeError, ValueError: a thing has not both, or its name is taken.
         """
         for name, thing in things.items():
-            if self._guard.snapshots is not None:
-                self._guard.snapshots.register(name, thing)
-            else:
-                self._say.once("monitor.register has no effect: rollback is off (rollback.every_steps)")
+            self._guard.register(name, thing)
 
     def rebaseline(self) -> None:
         """Forget what was normal: call it after a deliberate change (batch size, data mix), on all ranks alike."""
@@ -240,7 +236,7 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Detector, policy and step count, to be saved with a checkpoint; equal on all ranks."""
         self._take_previous()
-        return {"version": 1, "step": self._count, **self._guard.state_dict()}
+        return self._guard.state_dict(self._count)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. To be called on every rank with the same state.
@@ -248,17 +244,13 @@ class Monitor:
         Raises:
             ValueError: not such a state.
         """
-        if state.get("version") != 1 or {"step", "detector", "policy"} - state.keys():
-            raise ValueError(
-                f"gradmon state must have version 1 (got {state.get('version')!r}), step, detector and policy; "
-                f"pass what Monitor.state_dict() returned"
-            )
+        self._count = self._guard.load_state_dict(state)
         if self._awaiting_loss is not None:
             self._write_step(self._awaiting_loss)
         self._previous = None
         self._losses.clear()
-        self._count = int(state["step"])
-        self._guard.load_state_dict(state)
+        if self._reporter.ended:
+            self._say.once("the journal has ended with the stop; detach and attach again to have steps written down")
 
     def __enter__(self) -> Monitor:
         return self
@@ -381,9 +373,9 @@ class Monitor:
         self._count += 1
         self._made += 1
         limits = Limits()
+        self._take_previous()
+        self._stop_if_due()
         with self._guarded("before_step"):
-            self._take_previous()
-            self._stop_if_due()
             limits = self._guard.limits_for(optimizer)
         rolled_back = self._prepare()
         measured, left = self._measure_for(optimizer)
@@ -426,27 +418,30 @@ class Monitor:
         """The snapshot or rollback that is due; True if the weights were replaced."""
         if not self._acts:
             return False
+        event = None
+        with self._guarded("snapshot"):
+            if self._guard.snapshot_due:
+                self._restore_all()
+                self._guard.take(self._count - 1)
         with self._guarded("rollback"):
-            for doer in self._actions.values():
-                doer.restore()
-            event = self._guard.prepare(self._count)
-            if event is not None:
-                self._reporter.tell(event)
-                return event.action == "rollback"
-        return False
+            self._restore_all()
+            event = self._guard.roll_back()
+        if event is not None:
+            self._reporter.tell(event)
+            self._stop_if_due()
+        return event is not None and event.action == "rollback"
+
+    def _restore_all(self) -> None:
+        for doer in self._actions.values():  # of a step that raised
+            doer.restore()
 
     def _stop_if_due(self) -> None:
         """Raise on every rank, before the same step: nobody is left waiting in a collective."""
         stop = self._guard.stop
-        if stop is None:
-            return
-        message = f"gradmon stopped training at step {stop.step}: {stop.message}"
-        if self._identity.rank == 0:
-            self._say.once(message, logging.ERROR)
-        if self._journal is not None:
-            self._journal.call("health_file", self._health.write)
-            self._journal.close("exception", message)
-        raise TrainingStopped(message)
+        if stop is not None:
+            message = f"gradmon stopped training at step {stop.step}: {stop.message}"
+            self._reporter.end(message)
+            raise TrainingStopped(message)
 
     def _measure_for(self, optimizer: Optimizer) -> tuple[Measured, Tensor | None]:
         """Of this rank, unscaled; the second is what the script's own clip has left, None if it has not clipped."""
@@ -523,15 +518,16 @@ class Monitor:
     def _take_previous(self) -> None:
         """Learn from the step before: the only wait, for an event that is one step old."""
         previous, self._previous = self._previous, None
-        if previous is None:
-            return
+        if previous is not None:
+            with self._guarded("learn"):
+                self._learn(previous)
+
+    def _learn(self, previous: LandingStep) -> None:
         peeked = previous.peek()
         self._errors_seen = peeked.errors
         for event in self._guard.learn(peeked, acts=self._acts):
             self._reporter.tell(event)
-        health = Health(peeked.record.step, self._guard.why_unfit, self._guard.last_healthy_step)
-        if self._health.changed(health) and self._journal is not None:
-            self._journal.call("health_file", self._health.write)
+        self._reporter.tell_health(Health(peeked.record.step, self._guard.why_unfit, self._guard.last_healthy_step))
         if self._errors_seen and not self._withdrawn:
             self._withdrawn = True
             self._say.once(

@@ -123,7 +123,7 @@ class Policy:
             None if differing is None else self._of_replicas(record, tuple(differing)),
         ]
         self.why_unfit = self._unfit(trend)
-        if record.healthy and not self.why_unfit:
+        if not self.why_unfit and record.reason != "unsynced":
             self.last_healthy_step = record.step
         return [event for event in events if event is not None]
 
@@ -158,11 +158,15 @@ class Policy:
         )
         return self._event(record, "diverging", "none", why)
 
+    def rollback_failed(self, record: StepRecord, why: str) -> Event:
+        """Ranks may hold different weights now: there is no going on."""
+        return self._end(record, "diverging", f"a rollback failed{why}, and ranks may hold different weights")
+
     def rebaseline(self) -> None:
         """The script has changed something on purpose: what was counted so far says nothing of what comes."""
         self._spikes = self._healthy_steps = 0
         self._recent.clear()
-        self._near_best, self.why_unfit = False, ""
+        self._near_best, self.why_unfit, self.rollback_due = False, "", False
         self._told -= {"drift", "vanish"}
 
     # --- parts -----------------------------------------------------------------------------------------------------
@@ -201,13 +205,15 @@ class Policy:
     def _skipped_too_often(self, record: StepRecord) -> Event | None:
         stop = self._config.stop
         where = _place(record)
-        if record.reason == "nonfinite" and self._skips == stop.after_skips:
+        many = record.reason == "nonfinite" and 0 < stop.after_skips <= self._skips
+        if self._begins("skip_streak", many):
             return self._end(
                 record,
                 "skip_streak",
                 f"{self._skips} steps in a row were not finite{where}: the weights no longer move",
             )
-        if record.reason != "scaler_skip" or self._scaler_skips != (stop.after_scaler_skips or SCALER_STREAK):
+        limit = stop.after_scaler_skips or SCALER_STREAK
+        if not self._begins("scaler_streak", record.reason == "scaler_skip" and self._scaler_skips >= limit):
             return None
         why = (
             f"the GradScaler has skipped {self._scaler_skips} steps in a row{where}: not an overflow of its scale but "
@@ -232,10 +238,11 @@ class Policy:
         ]
         grown = drifting or 0 < config.backoff.after_spikes <= len(self._recent)
         if not (config.rollback.every_steps and grown and risen and self._cooldown == 0):
+            self._begins("diverging", grown and risen and "diverging" in self._told)
             return events
         if self.rollbacks >= config.rollback.max:
             again = f"gradients and loss have grown again after {self.rollbacks} rollbacks"
-            return [*events, self._end(record, "diverging", again) if "stopped" not in self._told else None]
+            return [*events, self._end(record, "diverging", again) if self._begins("diverging", True) else None]
         if self._acts:
             self.rollback_due = True
             return events
@@ -273,13 +280,16 @@ class Policy:
 
     def _once_while(self, on: bool, record: StepRecord, kind: StreakReason, message: str) -> Event | None:
         """Told when it begins, and again only after it has ended."""
+        return self._event(record, kind, "none", message) if self._begins(kind, on) else None
+
+    def _begins(self, kind: str, on: bool) -> bool:
+        """True in the first step of a stretch in which something is so."""
         told = kind in self._told
         (self._told.add if on else self._told.discard)(kind)
-        return self._event(record, kind, "none", message) if on and not told else None
+        return on and not told
 
     def _end(self, record: StepRecord, kind: StreakReason, why: str, rank: int | None = None) -> Event:
         done = "stopping all ranks" if self._acts else "would have stopped all ranks"
-        self._told.add("stopped")
         event = self._event(record, kind, "stop", f"{why}: {done}", rank=rank)
         if self._acts:
             self.stop = event
@@ -297,7 +307,7 @@ class Policy:
         if self._spikes > harmless:
             return f"{self._spikes} spikes in a row"
         if trend.loss_over_best is not None and trend.loss_over_best > self._config.trend.loss_ratio:
-            return f"the running loss is {trend.loss_over_best:.3g} times its best"
+            return f"the running loss is {trend.loss_over_best - 1:.0%} above its best"
         return ""
 
     def _event(
@@ -314,7 +324,6 @@ class Policy:
             "skips": self._skips,
             "scaler_skips": self._scaler_skips,
             "left_out": {str(rank): steps for rank, steps in self._left_out.items()},
-            "differing": list(self._differing),
             "healthy_steps": self._healthy_steps,
             "near_best": self._near_best,
             "cooldown": self._cooldown,
@@ -333,10 +342,10 @@ class Policy:
         self._recent = [int(step) for step in state.get("recent", ())]
         self._skips, self._scaler_skips = int(state.get("skips", 0)), int(state.get("scaler_skips", 0))
         self._left_out = {int(rank): int(steps) for rank, steps in state.get("left_out", {}).items()}
-        self._differing = tuple(state.get("differing", ()))
+        self._differing = ()  # of ranks that are no more
         self._healthy_steps, self._near_best = int(state.get("healthy_steps", 0)), bool(state.get("near_best", False))
         self._cooldown, self.rollbacks = int(state.get("cooldown", 0)), int(state.get("rollbacks", 0))
-        self._told = set(state.get("told", ()))
+        self._told = set(state.get("told", ())) & {"drift", "vanish"}  # whoever goes on after a stop is stopped again
         self.rollback_due = bool(state.get("rollback_due", False))
         self.why_unfit = str(state.get("why_unfit", ""))
         self.last_healthy_step = int(state.get("last_healthy_step", 0))

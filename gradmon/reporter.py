@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from gradmon.health import Health, HealthFile
 from gradmon.journal import JournalWriter
 from gradmon.log import Announcer
 from gradmon.record import Event
 
 #: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
-_DECIDING = frozenset({"local", "before_clip", "before_step", "act", "rollback", "restore", "after_step"})
+_DECIDING = frozenset({"local", "before_clip", "before_step", "act", "rollback", "restore", "after_step", "learn"})
 
 
 class Reporter:
@@ -23,11 +24,15 @@ class Reporter:
     Args:
         rank: who speaks.
         undecided: called when a part has failed that decides, so that the other ranks learn of it.
+        health: the marker file.
     """
 
-    def __init__(self, rank: int, undecided: Callable[[], None]) -> None:
+    def __init__(self, rank: int, undecided: Callable[[], None], health: HealthFile) -> None:
         self._rank = rank
         self._undecided = undecided
+        self._health = health
+        self.ended = False
+        """True once the journal has its last row, of a stop."""
         self.say = Announcer(rank)
         self.journal: JournalWriter | None = None
 
@@ -39,6 +44,29 @@ class Reporter:
         speaker = event.rank if event.rank is not None and of_step else 0
         if self._rank == speaker:
             self.say.event(event.kind, f"step {event.step}: {event.message}")
+
+    def tell_health(self, health: Health) -> None:
+        """For the marker file and the metrics; told at once where it has turned, else within seconds."""
+        if self._health.changed(health) or self.journal is None:
+            self._write_health()
+
+    def end(self, message: str) -> None:
+        """All ranks are about to be stopped: the journal must be whole before the first of them is gone."""
+        if self.ended:
+            return
+        self.ended = True
+        if self._rank == 0:
+            self.say.last_word(message)
+        self._write_health()
+        if self.journal is not None:
+            self.journal.close("exception", message)
+
+    def _write_health(self) -> None:
+        if self.journal is not None:
+            self.journal.call("health_file", self._health.write)
+        else:
+            with self.guarded("health_file"):
+                self._health.write()
 
     @contextlib.contextmanager
     def guarded(self, part: str) -> Iterator[None]:

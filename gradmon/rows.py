@@ -15,16 +15,17 @@ from gradmon import stats
 
 #: `parameter` is the number, from 1, of the first one that is not finite, in the order backward came to them; where all
 #: are finite, of the one with the largest norm. `micro_step` is the backward, from 1, after which that was so. `losses`
-#: is 1 if `loss` was observed, `checksum` is that of the rank's weights where they are to be compared, else 0. The last
-#: three are filled only where rows travel at step time (see `measuring`): there ranks may differ in the norm, in what
+#: is 1 if `loss` was observed, `checksum` is that of the rank's weights where they are to be compared, else 0. `joined`
+#: is 1 for a rank that has run out of data inside `Join` and only takes part in the others' collectives. The last three
+#: are filled only where rows travel at step time (see `measuring`): there ranks may differ in the norm, in what
 #: the script's clip has left of it, and in whether gradients were averaged.
 ROW = (
     "sum_of_squares", "nan_count", "inf_count", "parameter", "micro_step", "loss", "losses", "errors", "checksum",
-    "norm", "left", "synced",
+    "joined", "norm", "left", "synced",
 )  # fmt: skip
 (
     ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_PARAMETER, ROW_MICRO_STEP, ROW_LOSS, ROW_LOSSES, ROW_ERRORS, ROW_CHECKSUM,
-    ROW_NORM, ROW_LEFT, ROW_SYNCED,
+    ROW_JOINED, ROW_NORM, ROW_LEFT, ROW_SYNCED,
 ) = range(len(ROW))  # fmt: skip
 
 

@@ -11,6 +11,7 @@ groups, random numbers, the data's position.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,6 +166,10 @@ class _Generation:
     saved: list[_Saved]
     """All tensors of it."""
 
+    def unlike(self, tensors: Mapping[str, Tensor]) -> str:
+        """Name of a parameter or buffer that can't be put back into `tensors`; empty if there is none."""
+        return next((name for name, saved in self.named.items() if not saved.fits(tensors.get(name))), "")
+
     def devices(self) -> set[torch.device]:
         """CUDA devices its tensors lie on."""
         return {saved.device for saved in self.saved if saved.pinned}
@@ -174,6 +179,15 @@ class _Generation:
         return {kind: sum(_aligned(s.size_bytes) for s in self.saved if s.pinned is kind) for kind in (True, False)}
 
 
+def check_registrable(name: str, thing: Any) -> None:
+    """Raises a TypeError if a thing can't be put back."""
+    if not all(callable(getattr(thing, method, None)) for method in ("state_dict", "load_state_dict")):
+        raise TypeError(
+            f"{name} must have state_dict() and load_state_dict() (got a {type(thing).__name__}); "
+            f"register what holds its state"
+        )
+
+
 class Snapshots:
     """The newest generations of a run's training state. Each rank keeps what it holds itself.
 
@@ -181,11 +195,13 @@ class Snapshots:
 
     Args:
         model: its buffers are kept.
-        parameters: name -> parameter, of those that are trained.
+        parameters: gives name -> parameter, of those that are trained now.
         optimizers: which train them.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Callable[[], Mapping[str, Tensor]], optimizers: Sequence[Optimizer]
+    ) -> None:
         self._model = model
         self._parameters = parameters
         self._optimizers = optimizers
@@ -205,11 +221,7 @@ class Snapshots:
             TypeError: it has not both.
             ValueError: the name is taken.
         """
-        if not all(callable(getattr(thing, method, None)) for method in ("state_dict", "load_state_dict")):
-            raise TypeError(
-                f"{name} must have state_dict() and load_state_dict() (got a {type(thing).__name__}); "
-                f"register what holds its state"
-            )
+        check_registrable(name, thing)
         if name in self._registered:
             raise ValueError(f"{name} is registered already; give each thing a name of its own")
         self._registered[name] = thing
@@ -237,6 +249,14 @@ class Snapshots:
         generation.slot = slot
         self._held.append(generation)
 
+    def restorable(self) -> tuple[int, ...]:
+        """Steps of the generations that could be put back now, oldest first: all that is there has kept its shape."""
+        _reshard(self._model)
+        tensors = self._named()  # anew: a forward may have put another tensor in a buffer's place
+        return tuple(
+            held.step for held in self._held if held.named.keys() == tensors.keys() and not held.unlike(tensors)
+        )
+
     @torch.no_grad()
     def restore(self, step: int) -> None:
         """Put the state after `step` back and drop all other generations: newer ones are suspect.
@@ -252,13 +272,13 @@ class Snapshots:
         if generation is None:
             raise ValueError(f"there is no snapshot of step {step}; those held are of {list(self.steps)}")
         _reshard(self._model)
-        tensors = self._named()  # anew: a forward may have put another tensor in a buffer's place
-        for name, saved in generation.named.items():
-            if not saved.fits(tensors.get(name)):
-                raise SnapshotError(
-                    f"the snapshot of step {step} can't be put back: {name} is gone or has another shape, type or "
-                    f"device; detach and attach gradmon after such a change"
-                )
+        tensors = self._named()
+        unlike = generation.unlike(tensors)
+        if unlike:
+            raise SnapshotError(
+                f"the snapshot of step {step} can't be put back: {unlike} is gone or has another shape, type or "
+                f"device; detach and attach gradmon after such a change"
+            )
         generation.slot.wait()  # sync: for copies that are many steps old
         for name, tree in generation.registered.items():  # first: one that refuses leaves the rest as it is
             self._registered[name].load_state_dict(_put_back(tree, None))
@@ -292,8 +312,10 @@ class Snapshots:
         return sum(slot.size_bytes for slot in (*self._spare, *(held.slot for held in self._held)))
 
     def _named(self) -> dict[str, Tensor]:
-        tensors = {f"parameter {name}": parameter for name, parameter in self._parameters.items()}
-        return tensors | {f"buffer {name}": buffer for name, buffer in self._model.named_buffers()}
+        tensors = {f"parameter {name}": parameter for name, parameter in self._parameters().items()}
+        buffers = {f"buffer {name}": buffer for name, buffer in self._model.named_buffers()}
+        # A sparse buffer has no bytes in one place; it is left alone.
+        return tensors | {name: buffer for name, buffer in buffers.items() if buffer.layout == torch.strided}
 
     def _keep(self, generations: list[_Generation]) -> None:
         self._spare += [held.slot for held in self._held if held not in generations]
@@ -308,7 +330,7 @@ class Snapshots:
             return saved[-1]
 
         def keep_all(tree: Any) -> Any:
-            return pytree.tree_map_only(Tensor, keep, tree)
+            return pytree.tree_map(lambda leaf: keep(leaf) if isinstance(leaf, Tensor) else copy.deepcopy(leaf), tree)
 
         _reshard(self._model)
         return _Generation(
@@ -358,7 +380,7 @@ def _put_back(tree: Any, current: Any) -> Any:
     if shape_now != shape:
         there = [None] * len(leaves)
     put = [
-        (leaf.write(now) if leaf.fits(now) else leaf.fresh()) if isinstance(leaf, _Saved) else leaf
+        (leaf.write(now) if leaf.fits(now) else leaf.fresh()) if isinstance(leaf, _Saved) else copy.deepcopy(leaf)
         for leaf, now in zip(leaves, there, strict=True)
     ]
     return pytree.tree_unflatten(put, shape)

@@ -45,19 +45,18 @@ MATRIX: Mapping[str, Sequence[str]] = {
     "rank_dead": (*_PUBLISHED, "gradmon", "no_stop", "leave_out"),
 }
 
-#: CI makes the runs of one seed. Limits are for 300 steps: the mean of seeds 0 to 2 and three times their spread, since
-#: another processor rounds differently, which is much like another seed; for corrupted batches, where one seed of the
-#: three is far from the others, half of what they cost without anything.
+#: CI makes the runs of one seed, without what another run covers: Inf goes NaN's way, spikes past step 100 are the easy
+#: case of early ones. Limits are for 300 steps: the mean of seeds 0 to 2 and three times their spread, since another
+#: processor rounds differently, which is much like another seed. Corrupted batches alone have one seed of the three far
+#: from the others; theirs is half of what such batches cost without anything.
 SUBSET_STEPS = 300
 SUBSET_GATES = (
     Gate("clean", "gradmon", None),
-    Gate("clean", "rollback", None),
-    Gate("spikes", "gradmon", 0.01),
     Gate("corrupted", "gradmon", 0.045),
     Gate("early", "gradmon", 0.01),
     Gate("nan", "gradmon", 0.015),
-    Gate("lr_glitch", "gradmon", 0.45),
-    Gate("lr_glitch", "rollback", 0.6),
+    Gate("lr_glitch", "gradmon", 0.25),
+    Gate("lr_glitch", "rollback", 0.15),
     Gate("ddp_clean", "leave_out", None),
     Gate("rank_nan_fifth", "leave_out", 0.04),
     Gate("rank_dead", "leave_out", 0.06),

@@ -56,7 +56,7 @@ def step(model: nn.Module, optimizer: Optimizer, number: int) -> None:
 
 
 def snapshots_of(model: nn.Module, optimizer: Optimizer) -> Snapshots:
-    return Snapshots(model, dict(model.named_parameters()), [optimizer])
+    return Snapshots(model, lambda: dict(model.named_parameters()), [optimizer])
 
 
 def restore_oldest(snapshots: Snapshots) -> int:

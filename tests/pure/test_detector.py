@@ -302,8 +302,10 @@ def test_loss_over_best_is_its_formula(losses: list[float | None]) -> None:
         assert detector.loss_over_best is None
         assert not detector.loss_risen
     else:
-        assert detector.loss_over_best == pytest.approx(medians[-1] / min(medians))
-        assert detector.loss_risen == (medians[-1] / min(medians) > 1.15)
+        best = min(medians)
+        rise = (medians[-1] - best) / max(best, 2 / 3 * (medians[0] - best))
+        assert detector.loss_over_best == pytest.approx(1 + rise)
+        assert detector.loss_risen == (1 + rise > 1.15)
 
 
 def test_what_loss_says() -> None:
@@ -317,6 +319,8 @@ def test_what_loss_says() -> None:
     assert not observed([2.0] * 30 + [50.0] * 7 + [NAN] * 100).loss_risen, "NaN moves no median"
     assert observed([0.5] * 20 + [-0.5] * 40 + [3.0] * 20).loss_over_best is None, "a ratio to a loss below 0 is none"
     assert observed([0.0] * 40).loss_over_best is None
+    assert not observed([1.0] * 16 + [1e-6] * 40 + [3e-3] * 20).loss_risen, "it bounces near 0, and has lost nothing"
+    assert observed([1.0] * 16 + [1e-6] * 40 + [0.2] * 20).loss_risen
 
 
 # State

@@ -272,7 +272,7 @@ def test_differing_replicas_are_named_once() -> None:
         ("hl", FINE, True, ""), ("hu", FINE, True, ""),
         ("hnn", FINE, True, "2 steps in a row"), ("hss", FINE, True, "2 spikes"), ("hn", FINE, False, "1 steps"),
         ("hs", FINE, False, "1 spikes"), ("h", Trend(loss=math.nan), True, "loss is not finite"),
-        ("h", Trend(loss_over_best=1.2), True, "1.2 times its best"), ("h", Trend(drifting=True), True, ""),
+        ("h", Trend(loss_over_best=1.2), True, "20% above its best"), ("h", Trend(drifting=True), True, ""),
     ],
 )  # fmt: skip
 def test_what_makes_a_checkpoint_unfit(letters: str, trend: Trend, acts: bool, why: str) -> None:
@@ -284,8 +284,44 @@ def test_what_makes_a_checkpoint_unfit(letters: str, trend: Trend, acts: bool, w
 def test_the_last_healthy_step_is_kept() -> None:
     run = Run().feed("hhh")
     assert run.policy.last_healthy_step == 3
-    assert run.feed("nnn").policy.last_healthy_step == 3
+    assert run.feed("nnn").policy.last_healthy_step == 4, "a lone skip leaves the weights as they were"
     assert run.feed("h").policy.last_healthy_step == 7
+    assert run.feed("lll", left_out=(1,)).policy.last_healthy_step == 10, "the average was over healthy ranks"
+
+
+def test_a_stop_comes_again_after_a_resume() -> None:
+    """Whoever saves in a streak, or at the stop itself, and goes on, has not switched the stop off."""
+    for letters in ("n" * 10, "n" * 20, "g" * 10):
+        first, second = Run().feed(letters), Run()
+        second.policy.load_state_dict(first.policy.state_dict())
+        assert second.policy.stop is None
+        assert second.feed(letters[:1]).policy.stop is not None
+    first = Run(ROLLS_BACK)
+    for _ in range(3):
+        first.policy.rolled_back(record(), 1)
+    first.feed("h" * 32, BAD).feed("h", BAD)
+    assert first.policy.stop is not None
+    second = Run(ROLLS_BACK)
+    second.policy.load_state_dict(first.policy.state_dict())
+    assert second.feed("h", BAD).policy.stop is not None
+
+
+def test_one_stop_that_was_only_told_does_not_hide_another() -> None:
+    run = Run(ROLLS_BACK).feed("n" * 10, acts=False).feed("h" * 120, BAD, acts=False)
+    assert [e.kind for e in run.events if e.action == "stop"] == ["skip_streak", "diverging"]
+
+
+def test_ranks_that_differed_are_forgotten_by_a_resume() -> None:
+    first, second = Run().feed("h", differing=(1,)), Run()
+    second.policy.load_state_dict(first.policy.state_dict())
+    assert second.feed("h").policy.why_unfit == ""
+
+
+def test_a_failed_rollback_ends_the_run() -> None:
+    run = Run(ROLLS_BACK)
+    event = run.policy.rollback_failed(record(), " on another rank")
+    assert run.policy.stop is event
+    assert "a rollback failed on another rank" in event.message
 
 
 def test_rebaseline_forgets_streaks() -> None:
@@ -296,6 +332,10 @@ def test_rebaseline_forgets_streaks() -> None:
     fresh = Run(ROLLS_BACK).feed("hhhhh")
     fresh.policy.rebaseline()
     assert not fresh.policy.snapshot_due
+    due = Run(ROLLS_BACK).feed("h", BAD)
+    assert due.policy.rollback_due
+    due.policy.rebaseline()
+    assert not due.policy.rollback_due
 
 
 letters = st.text(alphabet="hsSngluc", min_size=0, max_size=40)
@@ -313,8 +353,10 @@ def test_resumed_is_as_uninterrupted(before: str, after: str, trend: Trend) -> N
     seen = len(whole.events)
     whole.feed(after, BAD, left_out=(1, 2))
     second.feed(after, BAD, left_out=(1, 2))
-    assert second.events == whole.events[seen:]
-    assert second.policy.state_dict() == whole.policy.state_dict()
+    # What stops the run is told again by whoever goes on all the same.
+    known = [e for e in second.events if e.action != "stop"]
+    assert known == [e for e in whole.events[seen:] if e.action != "stop"]
+    assert {**second.policy.state_dict(), "told": 0} == {**whole.policy.state_dict(), "told": 0}
 
 
 def test_the_state_of_the_first_version_loads() -> None:

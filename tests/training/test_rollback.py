@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded
 import torch
+import torch.distributed as dist
 import toy
-from ladder import Job, Outcome, assert_equal_ranks, train
+from ladder import Job, Outcome, assert_equal_ranks, loss_of, train
 from ranks import Ranks
+from torch.nn.parallel import DistributedDataParallel
 
 import gradmon
 
@@ -35,7 +38,7 @@ def check_rollback(outcomes: list[Outcome]) -> None:
     assert toy.equal(first.copies[step], first.copies[back_to]), "bit for bit, and the step itself is skipped"
     assert not toy.equal(first.copies[step - 1], first.copies[back_to])
     after = [r for _, r in first.journal.steps if r.step > step]
-    assert after[0].learning_rate_scale == pytest.approx(0.5 * min(1.0, after[0].learning_rate_scale * 2))
+    assert 0.05 <= after[0].learning_rate_scale <= 0.3
     losses = {r.step: r.mean_loss for _, r in first.journal.steps if r.mean_loss is not None}
     assert max(losses[s] for s in range(WRECK + 2, step)) > 1.5 * losses[WRECK], "it had gone wrong"
     assert losses[after[5].step] < 1.1 * losses[back_to]
@@ -180,3 +183,168 @@ def test_the_marker_file_follows(tmp_path: Path) -> None:
     assert "not finite" in said["why"]
     train(Job(str(tmp_path), "single", 20, "adamw", {"health_file": str(marker)}))
     assert json.loads(marker.read_text())["healthy"] is True
+
+
+class Refusing:
+    """A registered thing that raises where it is told to, on one rank."""
+
+    def __init__(self, saves: tuple[int, ...] = (), loads: bool = False) -> None:
+        self.asked, self.saves, self.loads = 0, saves, loads
+
+    def state_dict(self) -> dict[str, Any]:
+        self.asked += 1
+        if self.asked in self.saves and dist.get_rank() == 1:
+            raise RuntimeError("can't save")
+        return {"asked": self.asked}
+
+    def load_state_dict(self, _state: dict[str, Any]) -> None:
+        if self.loads and dist.get_rank() == 1:
+            raise RuntimeError("can't load")
+
+
+def one_rank_fails(directory: str, what: str) -> dict[str, Any]:
+    """Rank 1 can't do what a rollback needs of it."""
+    torch.manual_seed(0)
+    inner = sharded.build()
+    inner.register_buffer("cache", torch.zeros(3))
+    model = DistributedDataParallel(inner, broadcast_buffers=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    config = {"dir": directory, "agent": {"start": "off"}, **ROLLBACK}
+    monitor = gradmon.attach(model, optimizer, config=config)
+    monitor.register(thing=Refusing(saves=(5,) if what == "save" else (), loads=what == "load"))
+    stopped = ""
+    try:
+        for step in range(1, 121):
+            optimizer.zero_grad()
+            seen, loss = loss_of(model, Job(directory), step)
+            loss.backward()
+            monitor.observe(loss=seen)
+            optimizer.step()
+            if step == WRECK:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(40.0)
+            if what == "shape" and step == 60 and dist.get_rank() == 1:
+                inner.cache = torch.zeros(5)
+    except gradmon.TrainingStopped as error:
+        stopped = str(error)
+    monitor.detach()
+    assert monitor.journal_path is not None
+    view = gradmon.journal.read_journal(monitor.journal_path)
+    return {
+        "parameters": [p.detach().clone() for p in model.parameters()],
+        "actions": [(r.step, r.action) for _, r in view.steps if r.action == "rollback"],
+        "events": [e.message for _, e in view.events if e.kind == "diverging"],
+        "errors": {labels[0]: n for (name, labels), n in view.counters.items() if name == "gradmon_errors_total" and n},
+        "applied": all(r.applied for _, r in view.steps[1:]),
+        "stopped": stopped,
+    }
+
+
+def test_a_snapshot_that_fails_on_one_rank_costs_that_snapshot_only(two_ranks: Ranks, tmp_path: Path) -> None:
+    first, second = two_ranks.run(one_rank_fails, str(tmp_path), "save")
+    assert (first["errors"], second["errors"]) == ({}, {"snapshot": 1})
+    assert first["applied"] and second["applied"], "the guard stands"
+    assert first["actions"] == second["actions"] != []
+    assert toy.equal(first["parameters"], second["parameters"])
+
+
+def test_what_does_not_fit_on_one_rank_any_more_is_rolled_back_on_none(two_ranks: Ranks, tmp_path: Path) -> None:
+    first, second = two_ranks.run(one_rank_fails, str(tmp_path), "shape")
+    assert first["actions"] == second["actions"]
+    assert first["events"] == second["events"]
+    assert (first["stopped"], first["errors"]) == (second["stopped"], second["errors"]) == ("", {})
+    assert toy.equal(first["parameters"], second["parameters"])
+
+
+def test_a_rollback_that_fails_on_one_rank_stops_all(two_ranks: Ranks, tmp_path: Path) -> None:
+    first, second = two_ranks.run(one_rank_fails, str(tmp_path), "load")
+    assert "a rollback failed on another rank" in first["stopped"]
+    assert "a rollback failed: can't load" in second["stopped"]
+
+
+def test_parameters_added_later_come_back_too(tmp_path: Path) -> None:
+    """Progressive unfreezing: a rollback that left them wrecked would be in vain."""
+    torch.manual_seed(0)
+    model = sharded.build()
+    parts = list(model.parameters())
+    optimizer = torch.optim.AdamW(parts[-2:], lr=3e-3)
+    config = {"dir": str(tmp_path), "agent": {"start": "off"}, **ROLLBACK}
+    copies = {}
+    with gradmon.attach(model, optimizer, config=config) as monitor:
+        for step in range(1, 121):
+            if step == 20:
+                optimizer.add_param_group({"params": parts[:-2]})
+            optimizer.zero_grad()
+            seen, loss = loss_of(model, Job(str(tmp_path)), step)
+            loss.backward()
+            monitor.observe(loss=seen)
+            optimizer.step()
+            copies[step] = [p.detach().clone() for p in parts]
+            if step == WRECK:
+                with torch.no_grad():
+                    for parameter in parts:
+                        parameter.mul_(40.0)
+    assert monitor.journal_path is not None
+    view = gradmon.journal.read_journal(monitor.journal_path)
+    (event,) = [e for _, e in view.events if e.action == "rollback"]
+    (step,) = [r.step for _, r in view.steps if r.action == "rollback"]
+    assert toy.equal(copies[step], copies[int(event.message.split("weights of step ")[1].split(",")[0])])
+
+
+def test_smooth_training_to_a_tiny_loss_is_left_alone(tmp_path: Path) -> None:
+    """On all data Adam's norm and a loss near 0 bounce by multiples; nothing is lost."""
+    torch.manual_seed(0)
+    inputs = torch.randn(64, toy.FEATURES)
+    targets = torch.tanh(inputs.sum(1, keepdim=True) * 0.2)
+
+    def run(attach: bool) -> tuple[list[torch.Tensor], list[float], list[str]]:
+        model = toy.build()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        config = {"dir": str(tmp_path), "agent": {"start": "off"}, "rollback": {"every_steps": 20}}
+        monitor = gradmon.attach(model, optimizer, config=config) if attach else None
+        losses, unfit = [], []
+        for _ in range(1200):
+            optimizer.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            losses.append(float(loss.detach()))
+            if monitor is not None:
+                monitor.observe(loss=loss)
+            optimizer.step()
+            if monitor is not None and not monitor.is_healthy():
+                unfit.append(monitor._guard.why_unfit)
+        if monitor is not None:
+            monitor.detach()
+            assert monitor.journal_path is not None
+            view = gradmon.journal.read_journal(monitor.journal_path)
+            assert not [e for _, e in view.events if e.action in ("rollback", "stop")]
+        return [p.detach().clone() for p in model.parameters()], losses, unfit
+
+    parameters, losses, unfit = run(attach=True)
+    lowest = min(losses)
+    assert max(losses[losses.index(lowest) :]) > 2 * lowest or max(losses[600:]) > 2 * min(losses[:600])
+    assert len([why for why in unfit if "loss" in why]) == 0
+    assert len(parameters) == 8
+
+
+def test_no_reference_from_before_a_rebaseline_comes_back(tmp_path: Path) -> None:
+    """The loss has another level since: a rollback must not bring the old best along."""
+    torch.manual_seed(0)
+    model = sharded.build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    config = {"dir": str(tmp_path), "agent": {"start": "off"}, **ROLLBACK}
+    with gradmon.attach(model, optimizer, config=config) as monitor:
+        for step in range(1, 161):
+            optimizer.zero_grad()
+            seen, loss = loss_of(model, Job(str(tmp_path)), step)
+            loss.backward()
+            monitor.observe(loss=seen + (5.0 if step > 60 else 0.0))
+            optimizer.step()
+            if step == 60:
+                monitor.rebaseline()
+            if step == 80:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(400.0)
+        assert monitor.is_healthy()

@@ -23,7 +23,7 @@ from gradmon.snapshot import GENERATIONS, SnapshotError, Snapshots
 
 
 def snapshots_of(model: nn.Module, *optimizers: Optimizer) -> Snapshots:
-    return Snapshots(model, dict(model.named_parameters()), optimizers)
+    return Snapshots(model, lambda: dict(model.named_parameters()), optimizers)
 
 
 def restore_oldest(snapshots: Snapshots) -> int:
