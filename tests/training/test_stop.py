@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import toy
 from ladder import Job, assert_equal_ranks, train
 from ranks import Ranks
 from test_torchrun import Node, finish, node, until
+from torch.nn.parallel import DistributedDataParallel
 
 import gradmon
 from gradmon.exits import STOP_CODE
@@ -107,3 +110,36 @@ def test_torchrun_ends_within_seconds_with_one_error(node: Node) -> None:
     until(lambda: node.samples()["gradmon_actions_total"].get(frozenset(stops)) == 1)
     assert node.value("gradmon_healthy", run="script") == 0
     assert node.value("gradmon_last_healthy_step", run="script") == 30
+
+
+def uneven(directory: str) -> tuple[bool, Any]:
+    """Rank 1 runs out of data after 20 of 45 steps; from step 22 on rank 0's are NaN."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(toy.build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    monitor = gradmon.attach(model, optimizer, config={"dir": directory, "agent": {"start": "off"}})
+    stopped = False
+    try:
+        with model.join():
+            for step in range(1, 46 if dist.get_rank() == 0 else 21):
+                optimizer.zero_grad()
+                inputs = torch.randn(8, toy.FEATURES) * (float("nan") if step > 21 else 1.0)
+                model(inputs).square().mean().backward()
+                optimizer.step()
+    except gradmon.TrainingStopped:
+        stopped = True
+    state = monitor.state_dict()
+    monitor.detach()
+    return stopped, {
+        "detector": state["detector"],
+        "spikes": state["policy"]["spikes"],
+        "skips": state["policy"]["skips"],
+    }
+
+
+def test_inside_join_no_rank_learns_what_another_does_not(two_ranks: Ranks, tmp_path: Path) -> None:
+    """Rank 0 alone would stop, and rank 1 wait for it in a collective."""
+    first, second = two_ranks.run(uneven, str(tmp_path))
+    assert first[0] is second[0] is False
+    assert first[1] == second[1]
+    assert first[1]["skips"] == 0
