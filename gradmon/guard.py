@@ -146,7 +146,12 @@ class Guard:
         snapshots, newest, policy = self.snapshots, self._newest, self._policy
         if snapshots is None or newest is None or not policy.rollback_due or self._paused():
             return None
-        common = self._held_by_all(snapshots.restorable())
+        own: tuple[int, ...] = ()
+        try:
+            own = snapshots.restorable()
+        except Exception as error:  # the others wait for this rank's answer
+            self._say(f"gradmon's snapshots can't be put back: {type(error).__name__}: {error}")
+        common = self._held_by_all(own)
         if not common:
             return policy.cannot_roll_back(newest)
         failed: Exception | None = None

@@ -42,7 +42,8 @@ class Reporter:
         if not of_step and self.journal is not None:
             self.journal.put(event)
         speaker = event.rank if event.rank is not None and of_step else 0
-        if self._rank == speaker:
+        last_word = event.action == "stop" and event.applied  # said by `end`
+        if self._rank == speaker and not last_word:
             self.say.event(event.kind, f"step {event.step}: {event.message}")
 
     def tell_health(self, health: Health) -> None:

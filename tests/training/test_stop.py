@@ -98,6 +98,7 @@ def test_torchrun_ends_within_seconds_with_one_error(node: Node) -> None:
     output = finish(job, code=1)
     assert time.monotonic() - reached < 30, f"torchrun took {time.monotonic() - began:.0f} s"
     assert len(re.findall("gradmon stopped training at step 39: 10 steps in a row were not finite", output)) == 1
+    assert output.count("10 steps in a row were not finite") == 1
     assert f"exitcode  : {STOP_CODE}" in output
     assert "optimizer.step()" not in output, "no rank prints a traceback of its own"
     for rank in (0, 1):
