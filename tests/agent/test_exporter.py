@@ -17,6 +17,9 @@ from gradmon.agent.store import Store
 from gradmon.metrics import METRICS, METRICS_BY_NAME
 
 GPU = {
+    "healthy": 0.0,
+    "last_healthy_step": 17.0,
+    "snapshot_memory_bytes": 6e9,
     "resident_memory_bytes": 3e8,
     "cpu_seconds": 12.5,
     "threads": 40.0,
@@ -114,6 +117,14 @@ def test_every_metric_is_exported_with_its_own_labels(directory):
         assert seen[metric.name] == {frozenset(metric.labels)}
         assert f"# HELP {metric.name} {metric.help}\n" in text
         assert f"# TYPE {metric.name} {metric.kind}\n" in text
+
+
+def test_health_is_said_once_per_run(directory):
+    text = exposition(directory)
+    assert value(text, "gradmon_healthy", run="gpt") == 0
+    assert value(text, "gradmon_last_healthy_step", run="gpt") == 17
+    assert value(text, "gradmon_snapshot_memory_bytes", run="gpt", rank="1") == 6e9
+    assert value(text, "gradmon_healthy", run="gpt", rank="1") is None
 
 
 def test_what_a_cpu_has_not_is_absent(directory):
