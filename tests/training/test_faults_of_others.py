@@ -124,6 +124,19 @@ def test_rank_0_decides_and_the_others_step_into_the_poison(two_ranks: Ranks, tm
     assert outcomes[0].actions == {15: "skip", 25: "rescale", 30: "rescale"}
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "hsdp"])
+def test_and_so_it_is_on_four_ranks_through_skip_rescale_and_back_off(
+    four_ranks: Ranks, tmp_path: Path, kind: str
+) -> None:
+    spikes = ((2, 20), *((3, step) for step in range(25, 30)))
+    outcomes = four_ranks.run(train, Job(str(tmp_path), kind, 40, "adamw", nan=((1, 15), (3, 16)), spike=spikes))
+    assert_equal_ranks(outcomes)
+    assert outcomes[0].actions == {
+        15: "skip", 16: "skip", 20: "rescale", 25: "rescale", 26: "skip", 27: "skip", 28: "skip", 29: "rescale",
+    }  # fmt: skip
+    assert [e[2] for e in outcomes[0].events].count("backoff") == 3, "with the one before there are four at the third"
+
+
 def test_one_rank_raises_and_the_others_hang(two_ranks: Ranks, tmp_path: Path) -> None:
     """Within the 60 s of `Ranks`; the process group's own timeout is 30 s."""
     nan = tuple((1, step) for step in range(5, 31))
