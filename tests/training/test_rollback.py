@@ -348,3 +348,8 @@ def test_no_reference_from_before_a_rebaseline_comes_back(tmp_path: Path) -> Non
                     for parameter in model.parameters():
                         parameter.mul_(400.0)
         assert monitor.is_healthy()
+    assert monitor.journal_path is not None
+    view = gradmon.journal.read_journal(monitor.journal_path)
+    (event,) = [e for _, e in view.events if e.action == "rollback"]
+    back_to = int(event.message.split("weights of step ")[1].split(",")[0])
+    assert back_to < 60, "to a snapshot from before the rebaseline"
