@@ -133,7 +133,7 @@ class Detector:
 
     Args:
         clip: what counts as a spike.
-        trend: what counts as a drift, as vanished and as a risen loss.
+        trend: what counts as a drift and as vanished.
     """
 
     def __init__(self, clip: ClipConfig, trend: TrendConfig = _DEFAULT_TREND) -> None:
@@ -188,12 +188,6 @@ class Detector:
             return None
         best = self._best_loss
         return 1 + (self._losses.median() - best) / max(best, _LEARNT_SHARE * (self._first_loss - best))
-
-    @property
-    def loss_risen(self) -> bool:
-        """True while the running loss is `loss_ratio` above its best, as `loss_over_best` counts."""
-        ratio = self.loss_over_best
-        return ratio is not None and ratio > self._trend.loss_ratio
 
     def rebaseline(self) -> None:
         """Forget every reference: after a deliberate change of batch size or data mix, all is new."""
