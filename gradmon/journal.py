@@ -21,15 +21,16 @@ import queue
 import sqlite3
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, SupportsFloat
 from urllib.parse import quote
 
+from gradmon.counting import CounterKey, count_event, count_step
 from gradmon.locks import drop_lock, hold_lock, is_held
-from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Detail, Event, RankIdentity, StepRecord, StreakReason
+from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Detail, Event, RankIdentity, StepRecord
 
 #: Written into `PRAGMA user_version`. A reader knows this one and two before it, and reports newer ones.
 #: 1: no details, and steps end with memory_bytes.
@@ -69,8 +70,6 @@ _PUT_COUNTER = "INSERT OR REPLACE INTO counters VALUES (?, ?, ?)"
 
 End = Literal["finished", "exception"]
 RankState = Literal["running", "busy", "stuck", "finished", "exception", "crashed"]
-#: A counter's name and its labels beside run and rank, in the order METRICS lists them.
-CounterKey = tuple[str, tuple[str, ...]]
 
 
 class Landing(Protocol):
@@ -86,64 +85,27 @@ class Landing(Protocol):
         """Statistics of every parameter that go with this step. Called once, on the writer's thread, after record()."""
 
 
+class ValueCopy(Protocol):
+    """A number on its way from the device to the host."""
+
+    def values(self) -> SupportsFloat:
+        """The number, waiting for it if need be."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     part: str
     function: Callable[[], None]
 
 
-_Item = Landing | Event | Counter[CounterKey] | _Call | threading.Event | None
+#: A dict is what counters grow by.
+_Item = Landing | Event | dict[CounterKey, float] | _Call | threading.Event | None
 
 
 def journal_path(directory: Path, identity: RankIdentity) -> Path:
     """Where `identity` writes below `directory`."""
     folder = directory / identity.run / identity.instance / str(identity.attempt)
     return folder / f"rank-{identity.rank:05d}.db"
-
-
-#: What is done to one step, and what follows from several: (action, reason). Each counter is born at 0.
-_STEP_ACTIONS = (
-    ("rescale", "spike"), ("skip", "spike"), ("rescale", "max_norm"), ("skip", "nonfinite"), ("leave_out", "left_out"),
-)  # fmt: skip
-_EVENT_ACTIONS = (
-    ("backoff", "spike_streak"), ("rollback", "diverging"), ("stop", "skip_streak"), ("stop", "scaler_streak"),
-    ("stop", "diverging"), ("stop", "replicas"),
-)  # fmt: skip
-
-
-def count_step(record: StepRecord, rank: int) -> Counter[CounterKey]:
-    """What one step adds to the counters of `rank`'s journal. Pure."""
-    added: Counter[CounterKey] = Counter()
-    added["gradmon_steps_total", ()] = 1
-    added["gradmon_local_nonfinite_elements_total", ("nan",)] = record.local_nan_count
-    added["gradmon_local_nonfinite_elements_total", ("inf",)] = record.local_inf_count
-    added["gradmon_nonfinite_elements_total", ("nan",)] = record.nan_count
-    added["gradmon_nonfinite_elements_total", ("inf",)] = record.inf_count
-    added["gradmon_nonfinite_steps_total", ()] = int(record.reason == "nonfinite")
-    added["gradmon_scaler_skips_total", ()] = int(record.reason == "scaler_skip")
-    added["gradmon_nonfinite_losses_total", ()] = int(record.loss is not None and not math.isfinite(record.loss))
-    added["gradmon_left_out_steps_total", ()] = int(record.left_out)
-    for kind in ("spike", "nonfinite", "left_out"):  # born at 0: a counter first seen above 0 fires no alert
-        added["gradmon_incidents_total", (kind,)] = int(record.reason == kind and record.culprit_rank == rank)
-    applied = "yes" if record.applied else "no"
-    for action, reason in _STEP_ACTIONS:
-        done = int(record.action == action and record.reason == reason)
-        added["gradmon_actions_total", (action, reason, applied)] = done
-    for action, reason in _EVENT_ACTIONS:
-        added["gradmon_actions_total", (action, reason, applied)] += 0
-    for kind in get_args(StreakReason):
-        added["gradmon_events_total", (kind,)] += 0
-    return added
-
-
-def count_event(event: Event) -> Counter[CounterKey]:
-    """What an event adds that no step record has counted already. Pure."""
-    added: Counter[CounterKey] = Counter()
-    if event.kind in get_args(StreakReason):
-        added["gradmon_events_total", (event.kind,)] = 1
-    if (event.action, event.kind) in _EVENT_ACTIONS:
-        added["gradmon_actions_total", (event.action, event.kind, "yes" if event.applied else "no")] = 1
-    return added
 
 
 class JournalWriter:
@@ -184,13 +146,14 @@ class JournalWriter:
         self._on_error = on_error
         self._lock = hold_lock(path.with_suffix(".lock"))
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-        self._counters: Counter[CounterKey] = Counter()
+        self._counters: defaultdict[CounterKey, float] = defaultdict(float)
         self._unwritten: set[CounterKey] = set()
         self._dropped = 0
         self._since_trim = 0
         self._detail_pages = 1  # of the largest so far
         self._uncommitted_pages = 0
         self._memory_bytes: int | None = None
+        self._kept: dict[str, float | str] = {}
         self._next_beat = self._next_sample = 0.0
         self._end: tuple[End, str] = ("finished", "")
         meta = {"parameters": parameters, "elements": list(elements), "config": dict(config)}
@@ -212,11 +175,28 @@ class JournalWriter:
 
     def count(self, name: str, labels: tuple[str, ...] = (), amount: int = 1) -> None:
         """Add to a counter from any thread; written with the next commit."""
-        self._queue.put(Counter({(name, labels): amount}))
+        self._queue.put({(name, labels): amount})
 
     def call(self, part: str, function: Callable[[], None]) -> None:
         """Have something done on the writer's thread, which may wait for a disk; a failure is told under this part."""
         self._queue.put(_Call(part, function))
+
+    def keep(self, **state: float | str) -> None:
+        """Have it in every sample from now on, a number under its name in `samples`; from any thread."""
+        prefixed = {name if isinstance(value, str) else _SAMPLE_PREFIX + name: value for name, value in state.items()}
+        self._kept = {**self._kept, **prefixed}
+        self._next_sample = 0.0
+        self._queue.put({})  # wakes the writer
+
+    def keep_copy(self, name: str, copy: ValueCopy) -> None:
+        """The same for a number on its way from the device; one that is not finite is passed over."""
+
+        def arrived() -> None:
+            value = float(copy.values())
+            if math.isfinite(value):
+                self.keep(**{name: value})
+
+        self.call("loss", arrived)
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything put so far is committed. False after `timeout` seconds."""
@@ -295,7 +275,7 @@ class JournalWriter:
         if isinstance(item, Event):
             connection.execute(_INSERT_EVENT, _to_row(item, EVENT_FIELDS))
             self._add(count_event(item))
-        elif isinstance(item, Counter):
+        elif isinstance(item, dict):
             self._add(item)
         elif isinstance(item, _Call):
             try:
@@ -370,15 +350,16 @@ class JournalWriter:
             memory = sample.get("gpu_memory_allocated_bytes", sample.get("resident_memory_bytes"))
             self._memory_bytes = None if memory is None else int(memory)
             connection.executemany(_PUT_STATE, [(_SAMPLE_PREFIX + k, v) for k, v in sample.items()])
+            connection.executemany(_PUT_STATE, list(self._kept.items()))
         if now >= self._next_beat:
             self._next_beat = now + HEARTBEAT_SECONDS
             connection.executemany(_PUT_STATE, [("beat_monotonic", now), ("beat_seconds", time.time())])
 
     def _failed(self, error: Exception) -> None:
-        self._add(Counter({("gradmon_errors_total", ("journal",)): 1}))
+        self._add({("gradmon_errors_total", ("journal",)): 1})
         self._on_error("journal", error)
 
-    def _add(self, added: Counter[CounterKey]) -> None:
+    def _add(self, added: Mapping[CounterKey, float]) -> None:
         for key, amount in added.items():
             if amount or key not in self._counters:  # a first 0 is written: counters are born at 0
                 self._counters[key] += amount
@@ -387,7 +368,7 @@ class JournalWriter:
     def _write_counters(self, connection: sqlite3.Connection) -> None:
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
-            self._add(Counter({("gradmon_errors_total", ("journal_behind",)): dropped}))
+            self._add({("gradmon_errors_total", ("journal_behind",)): dropped})
         rows = [(name, json.dumps(labels), self._counters[name, labels]) for name, labels in self._unwritten]
         connection.executemany(_PUT_COUNTER, rows)
 
@@ -447,8 +428,14 @@ class JournalView:
     state: RankState
     end_detail: str
     """For `exception`, its type and message."""
+    paused_for: str
+    """What the script does inside `monitor.paused()` now, empty outside of it."""
     beat_seconds: float
     """Unix time of the newest heartbeat."""
+    beat_age_seconds: float
+    """Time since then at the look, by the node's clock that nobody sets."""
+    step_age_seconds: float
+    """Time since the newest step, or since attach before the first; by the same clock."""
 
     @property
     def parameters(self) -> int:
@@ -525,7 +512,10 @@ def _view(
         samples={k[len(_SAMPLE_PREFIX) :]: v for k, v in state.items() if k.startswith(_SAMPLE_PREFIX)},
         state=_rank_state(state, is_held(path.with_suffix(".lock")), now),
         end_detail=str(state.get("end_detail", "")),
+        paused_for=str(state.get("paused_for", "")),
         beat_seconds=state["beat_seconds"],
+        beat_age_seconds=now - state["beat_monotonic"],
+        step_age_seconds=now - state.get("step_monotonic", state["start_monotonic"]),
     )
 
 

@@ -35,6 +35,7 @@ from gradmon.rows import (
     ROW_SUM_OF_SQUARES,
 )
 from gradmon.stepping import StepInProgress
+from gradmon.timing import Busy
 
 #: Scalars at the head of a step's vector; the ranks' rows follow. From sum_of_squares on: over all parameters.
 _HEAD = ("norm", "left", "divisor", "learning_rate", "errors", "ok", "loss_scale", "update_ratio", *STATISTICS)
@@ -89,6 +90,8 @@ class StepContext:
     step: int
     wall_seconds: float
     step_seconds: float | None
+    busy: Busy | None
+    data_wait_seconds: float | None
     limits: Limits
     judged: bool
     """False if the gradients differed between ranks, or were computed inside the step."""
@@ -217,6 +220,8 @@ class LandingStep:
         rows: list[list[float]] = values[len(_HEAD) :].view(-1, len(ROW)).tolist()
         loss = None if self.loss is None else float(self.loss.values())
         record = self._record(head, rows, loss, memory_bytes)
+        if self._context.busy is not None:
+            record = dataclasses.replace(record, busy_seconds=self._context.busy.seconds())
         self._broken = record.broken
         event = incident(record)
         return record, [] if event is None else [event]
@@ -292,6 +297,7 @@ class LandingStep:
             micro_step=micro_step,
             loss_scale=finite(loss_scale),
             update_ratio=finite(update_ratio),
+            data_wait_seconds=known.data_wait_seconds,
             left_out=known.leaves_out and why in ("left_out", "spike") and seen is not None and seen.mine_broken,
         )
         return record if seen is None else dataclasses.replace(record, **seen.sums(record))
@@ -301,6 +307,8 @@ def land(
     step: StepInProgress,
     *,
     step_seconds: float | None,
+    busy: Busy | None,
+    data_wait_seconds: float | None,
     rank: int,
     world_size: int,
     names: list[str],
@@ -313,7 +321,9 @@ def land(
 
     Args:
         step: finished now.
-        step_seconds: since the end of the step before.
+        step_seconds: since the end of the step before, without pauses.
+        busy: until this rank's gradients were ready, if known.
+        data_wait_seconds: waited for a DataLoader, if there is one.
         rank: this one's.
         world_size: number of ranks.
         names: of the watched parameters.
@@ -327,6 +337,8 @@ def land(
         step=step.number,
         wall_seconds=time.time(),
         step_seconds=step_seconds,
+        busy=busy,
+        data_wait_seconds=data_wait_seconds,
         limits=step.limits,
         judged=step.judged,
         synced=measured.synced,

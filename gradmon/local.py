@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradmon import stats
 from gradmon.backward import BackwardWatch
 from gradmon.rows import ROW, ROW_CHECKSUM, ROW_ERRORS, ROW_JOINED, ROW_SUM_OF_SQUARES, rank_row, share_rows, whole
+from gradmon.timing import Stamp
 
 #: Backwards of one step whose rows are kept until it.
 _MOST_BACKWARDS = 64
@@ -80,6 +81,8 @@ class LocalHook:
         self._orders: dict[tuple[int, ...], Tensor] = {}
         self._fresh: list[tuple[dist.Work | None, Tensor]] = []
         self._taken: Tensor | None = None
+        self.ready: Stamp | None = None
+        """When this rank's gradients were complete in the newest synchronised backward."""
         self.backwards_taken = 0
         """Synchronised backwards that the rows taken last stand for."""
 
@@ -143,7 +146,7 @@ class LocalHook:
     def _clear(self) -> None:
         self._parts, self._arrived = [], []
         self._fresh, self._taken = [], None
-        self.local = None
+        self.local = self.ready = None
 
     def number(self, parameters: Sequence[Tensor]) -> None:
         """Give the parameters these numbers from now on; earlier ones must keep theirs."""
@@ -181,7 +184,7 @@ class LocalHook:
 
     def forget(self) -> None:
         """The step is over: rows that were taken are no longer of the gradients to come."""
-        self._taken = None
+        self._taken = self.ready = None
         if not self._fresh:
             self.local = None
 
@@ -194,6 +197,7 @@ class LocalHook:
                 stats_PK = self._measure(bucket)
                 if bucket.is_last():
                     row = self._row()
+                    self.ready = Stamp(bucket.buffer().device)
             except Exception as error:
                 self._failed(error)
         if self._inner is not None:

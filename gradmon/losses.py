@@ -1,11 +1,14 @@
-"""Losses as scripts give them: numbers, tensors on any device, DTensors."""
+"""Losses as scripts give them: numbers, tensors on any device, DTensors; before their step or after it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gradmon.landing import HostCopy, LandingStep
 
 #: Losses of one step that are kept; more come where somebody observes without stepping.
 MOST_LOSSES = 256
@@ -40,3 +43,49 @@ def mean_loss(losses: list[Tensor]) -> Tensor:
         for loss in losses
     ]
     return torch.stack(there).mean()
+
+
+class LossBook:
+    """Holds the losses of a step until it is written, and the step until its losses have come.
+
+    Args:
+        write: takes a step with its losses; for the journal.
+    """
+
+    def __init__(self, write: Callable[[LandingStep], None]) -> None:
+        self._write = write
+        self._losses: list[Tensor] = []
+        self._follows: bool | None = None
+        """True if the script observes after its step, None until it has observed."""
+        self._awaiting: LandingStep | None = None
+
+    def add(self, loss: Tensor, *, stepped: bool) -> None:
+        """One more; `stepped` tells whether a step has been made since attach."""
+        if self._follows is None:
+            self._follows = stepped
+        self._losses = [*self._losses[1 - MOST_LOSSES :], loss]
+        if self._follows:
+            self.flush()
+
+    def end_step(self, step: LandingStep, *, first: bool) -> None:
+        """Write it, or keep it for the loss that is yet to come; `first` is the first since attach."""
+        self.flush()
+        self._awaiting = step
+        if not (self._follows or (self._follows is None and first)):  # a loop that observes after its step does so next
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the step that waits, if one does, with the losses that are there."""
+        step, self._awaiting = self._awaiting, None
+        if step is None:
+            return
+        losses, self._losses = self._losses, []
+        try:
+            if losses:
+                step.loss = HostCopy(mean_loss(losses))
+        finally:
+            self._write(step)
+
+    def forget(self) -> None:
+        """The losses that are there are of no step to come."""
+        self._losses.clear()

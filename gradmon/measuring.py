@@ -40,6 +40,7 @@ from gradmon.rows import (
     whole,
 )
 from gradmon.sharding import ShardedBackward
+from gradmon.timing import Stamp
 from gradmon.topology import Topology, Watched, parameters_of
 
 
@@ -240,6 +241,11 @@ class Measurer:
         if self._sharded_backward is not None:
             seen.append(self._sharded_backward.came)
         return any(seen) or not seen
+
+    @property
+    def ready(self) -> Stamp | None:
+        """When this rank's gradients were ready to meet the others' in this step; None where nobody can tell."""
+        return None if self._topology.hook is None else self._topology.hook.ready
 
     def gradients(self) -> list[Tensor]:
         """Those that are there, in the model's order."""

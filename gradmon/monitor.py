@@ -14,6 +14,7 @@ import atexit
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from gradmon.guard import Guard
 from gradmon.handshake import Agreement, AttachError
 from gradmon.health import Health, HealthFile
 from gradmon.landing import HostCopy, LandingStep, land
-from gradmon.losses import MOST_LOSSES, mean_loss, plain_loss
+from gradmon.losses import LossBook, plain_loss
 from gradmon.measuring import Measured, Measurer
 from gradmon.noise import NoiseScale
 from gradmon.plan import Plan, agree_on, health_path, identity_of, make_plan, open_journal, opening_lines
@@ -50,6 +51,7 @@ from gradmon.stepping import (
     unchanged,
     with_closure,
 )
+from gradmon.timing import DataWatch, StepClock
 from gradmon.topology import gradients_of
 from gradmon.updates import UpdateSample
 
@@ -127,13 +129,12 @@ class Monitor:
         self._measured: Measured | None = None
         self._step: StepInProgress | None = None
         self._previous: LandingStep | None = None
-        self._awaiting_loss: LandingStep | None = None
-        self._losses: list[Tensor] = []
-        self._loss_follows: bool | None = None
+        self._losses = LossBook(self._write_step)
+        self._clock = StepClock(self._watched.device)
+        self._data_watch = DataWatch(self._clock)
         self._closure: Optimizer | None = None
         self._one_device = len({p.device for p in self._watched.parameters}) == 1
         self._count = self._made = self._errors_seen = 0
-        self._last_end: float | None = None
         self._withdrawn, self._attached = False, True
         self._identity = identity_of(plan, agreement)
         self.run = self._identity.run
@@ -177,29 +178,39 @@ class Monitor:
         """Factor that the next step's learning rate will be multiplied by."""
         return self._guard.scale if self._acts else 1.0
 
-    def observe(self, *, loss: Tensor | float) -> None:
-        """Tell the loss; never synchronises. Call it once per backward, before the step or after it, but always alike.
+    def observe(self, *, loss: Tensor | float | None = None, validation_loss: Tensor | float | None = None) -> None:
+        """Tell a loss; never synchronises. Each is a scalar tensor on any device, or a number.
 
         Args:
-            loss: a scalar tensor on any device, or a number. The mean over a step's calls is recorded.
+            loss: of training. Call it once per backward, before the step or after it, but always alike; the mean over
+                a step's calls is recorded.
+            validation_loss: of the weights as they are, whenever it was computed. Rank 0's is shown.
 
         Raises:
-            ValueError: the tensor has more than one element.
+            ValueError: a tensor has more than one element.
         """
-        value = plain_loss(loss)
+        training, validation = (None if x is None else plain_loss(x) for x in (loss, validation_loss))
         if not self._attached:
             return
-        if value is None:
+        if (training, validation).count(None) > (loss, validation_loss).count(None):
             self._say.once(
                 "the loss observed is a DTensor that no rank holds whole: it is left out; pass its full value"
             )
-            return
-        if self._loss_follows is None:
-            self._loss_follows = self._made > 0
-        self._losses = [*self._losses[1 - MOST_LOSSES :], value]
-        self._measurer.observe(value)
-        if self._loss_follows and self._awaiting_loss is not None:
-            self._write_step(self._awaiting_loss)
+        if training is not None:
+            with self._guarded("loss"):
+                self._measurer.observe(training)
+                self._losses.add(training, stepped=self._made > 0)
+        if validation is not None and self._journal is not None:
+            self._journal.keep_copy("validation_loss", HostCopy(validation))
+
+    def paused(self, what: str = "evaluation") -> AbstractContextManager[None]:
+        """`with monitor.paused("checkpoint"):` no step is expected inside, and no time counted.
+
+        Args:
+            what: is going on, for the page.
+        """
+        keep = None if self._journal is None or not self._attached else self._journal.keep
+        return self._clock.pausing(what, keep)
 
     def detach(self) -> None:
         """Remove every hook and patch, finish the journal. On several ranks: after the same step on all of them.
@@ -245,10 +256,10 @@ class Monitor:
             ValueError: not such a state.
         """
         self._count = self._guard.load_state_dict(state)
-        if self._awaiting_loss is not None:
-            self._write_step(self._awaiting_loss)
+        with self._guarded("loss"):
+            self._losses.flush()
         self._previous = None
-        self._losses.clear()
+        self._losses.forget()
         if self._reporter.ended:
             self._say.once("the journal has ended with the stop; detach and attach again to have steps written down")
 
@@ -476,19 +487,22 @@ class Monitor:
 
     def _end_step(self) -> None:
         step, self._step = self._step, None
+        ready = self._measurer.ready
         self._stepped.clear()
         self._measurer.forget()
         if step is None:
             return
         with self._guarded("replicas"):
             self._measurer.compare_weights(due=is_due(self._config.replicas.check_every, self._count + 1))
-        now = time.monotonic()
         updates = None
         with self._guarded("updates"):
             updates = None if step.updates is None else step.updates.ratios()
-        landing = land(
+        step_seconds, busy = self._clock.end_step(ready)
+        self._previous = land(
             step,
-            step_seconds=None if self._last_end is None else now - self._last_end,
+            step_seconds=step_seconds,
+            busy=busy,
+            data_wait_seconds=self._data_watch.take(),
             rank=self._identity.rank,
             world_size=self._identity.world_size,
             names=self._watched.names,
@@ -497,21 +511,10 @@ class Monitor:
             updates=updates,
             with_details=self._journal is not None and not self._journal.behind,
         )
-        self._last_end = now
-        if self._awaiting_loss is not None:
-            self._write_step(self._awaiting_loss)
-        self._previous = landing
-        if self._loss_follows or (self._loss_follows is None and self._made == 1):
-            self._awaiting_loss = self._previous  # a loop that observes after its step does so next
-        else:
-            self._write_step(self._previous)
+        with self._guarded("loss"):
+            self._losses.end_step(self._previous, first=self._made == 1)
 
     def _write_step(self, landing: LandingStep) -> None:
-        losses, self._losses = self._losses, []
-        self._awaiting_loss = None
-        if losses:
-            with self._guarded("loss"):
-                landing.loss = HostCopy(mean_loss(losses))
         if self._journal is not None:
             self._journal.put(landing)
 
@@ -556,6 +559,7 @@ class Monitor:
                 "this torch has no clip function that can be watched: a clip by the script is seen afterwards"
             )
         self._exit_watch.start()
+        self._data_watch.start()
 
     def _at_exit(self) -> None:
         failure = self._exit_watch.failure()
@@ -575,8 +579,7 @@ class Monitor:
         with self._guarded("detach"):
             if self._step is not None and self._stepped:
                 self._end_step()
-            if self._awaiting_loss is not None:
-                self._write_step(self._awaiting_loss)
+            self._losses.flush()
             if self._previous is not None and self._previous.landed():  # a hung device must not hold the end
                 self._take_previous()
         for handle in self._handles:
@@ -585,6 +588,7 @@ class Monitor:
         self._clip_watch.stop()
         self._scaler_watch.stop()
         self._exit_watch.stop()
+        self._data_watch.stop()
         self._measurer.stop()
         for doer in self._actions.values():
             with self._guarded("detach"):

@@ -140,6 +140,7 @@ def identity_of(plan: Plan, agreement: Agreement) -> RankIdentity:
         version=__version__,
         started_seconds=time.time(),
         gpu_uuid=_gpu_uuid(plan.watched.device),
+        gpu_pci_bus_id=_gpu_pci_bus_id(plan.watched.device),
     )
 
 
@@ -149,6 +150,16 @@ def _gpu_uuid(device: torch.device) -> str:
         return ""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return f"GPU-{str(uuid).removeprefix('GPU-')}" if uuid is not None else ""
+
+
+def _gpu_pci_bus_id(device: torch.device) -> str:
+    """As NVML writes it; empty where there is no GPU, or torch (before 2.7) does not tell."""
+    if device.type != "cuda":
+        return ""
+    known: Any = torch.cuda.get_device_properties(device)
+    if not hasattr(known, "pci_bus_id"):
+        return ""
+    return f"{known.pci_domain_id:08X}:{known.pci_bus_id:02X}:{known.pci_device_id:02X}.0"
 
 
 def _arithmetic(device: torch.device) -> str:

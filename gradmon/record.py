@@ -44,7 +44,7 @@ class StepRecord:
     wall_seconds: float
     """Unix time at which the step ended; for display only."""
     step_seconds: float | None
-    """Time since the end of the step before; None for the first."""
+    """Time since the end of the step before, without `monitor.paused()`; None for the first."""
     grad_norm: float
     """Global norm before any clipping; NaN or Inf when the gradients are not finite."""
     grad_norm_applied: float
@@ -103,6 +103,11 @@ class StepRecord:
     """Gradient noise scale (McCandlish et al. 2018) over the global batch size, smoothed; above 1 a larger one pays."""
     left_out: bool = False
     """True if this rank's gradients were not finite and counted for nothing in the average."""
+    busy_seconds: float | None = None
+    """Time from the end of the step before until this rank's gradients met the others': data, forward, backward. None
+    where they meet in ways that are not watched (all but DDP)."""
+    data_wait_seconds: float | None = None
+    """Time in which this rank waited for its DataLoader's next batch; None where it uses none."""
     update_ratio: float | None = None
     """Norm of the step's update over the norm of the weights, on a fixed sample of elements; this rank's shard."""
 
@@ -176,6 +181,8 @@ class RankIdentity:
     """Unix time of attach."""
     gpu_uuid: str = ""
     """The rank's GPU as NVML names it, `GPU-` and the UUID; empty on CPU."""
+    gpu_pci_bus_id: str = ""
+    """Where it is plugged in, as NVML writes it (`00000000:3B:00.0`); empty on CPU and where torch does not tell."""
 
 
 def finite(value: float | None) -> float | None:
