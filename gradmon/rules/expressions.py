@@ -1,0 +1,135 @@
+"""PromQL that several rules need, each trap solved once.
+
+Two agents may export one run at a time: after a requeue the old node still shows the dead ranks for an hour. So nothing
+is joined on a side that could be there twice, and gauges of ended ranks are left aside.
+"""
+
+from __future__ import annotations
+
+from gradmon.rules.thresholds import RuleSettings
+
+#: One alert per run.
+RUN = "cluster, run"
+#: How far back a counter counts as seen before. Longer than an agent, a target or Prometheus itself is usually away.
+_MEMORY = "30m"
+
+
+def grown(counter: str, selector: str, window: str, by: str = RUN) -> str:
+    """How much a counter labelled by run has grown in `window`; nothing where it has not.
+
+    increase() never sees a counter that is above zero when it is first scraped, hence the second half. It asks whether
+    the run's counter, from whatever instance, was seen before the window: an agent that restarts, even on another port,
+    brings no old events back.
+    """
+    series = f"{counter}{{{selector}}}" if selector else counter
+    return (
+        f"(sum by ({by}) (increase({series}[{window}])) > 0)"
+        f"\nor (max by ({by}) ({series}) > 0"
+        f"\n    unless on ({by}) max by ({by}) (last_over_time({series}[{_MEMORY}] offset {window})))"
+    )
+
+
+def grown_of_ranks(counter: str, window: str) -> str:
+    """The same for a counter per rank, by (cluster, run, rank): instant values only, as there may be 10,000 ranks.
+
+    Each comparison leaves out nearly all ranks before anything is grouped. The second half finds a rank that is above
+    zero and was not at three moments before; they lie so that an agent's restart covers at most one of them.
+    """
+    rank = f"{RUN}, rank"
+    before = (window, f"{seconds(window) + 120}s", _MEMORY)
+    unseen = " ".join(f"unless max by ({rank}) ({counter} offset {moment} > 0)" for moment in before)
+    return f"({growth(counter, window)})\nor (max by ({rank}) ({counter} > 0) {unseen})"
+
+
+def growth(counter: str, window: str) -> str:
+    """By (cluster, run, rank), how much more a counter is than it was; what was not there before has not grown."""
+    rank = f"{RUN}, rank"
+    return f"max by ({rank}) (sum by ({rank}, instance) ({counter} - {counter} offset {window} > 0))"
+
+
+def either(first: str, second: str) -> str:
+    """One alert per run for either of two reasons, both by (cluster, run)."""
+    return f"({first})\nor on ({RUN})\n({second})"
+
+
+def living_run(metric: str) -> str:
+    """A gauge of the run, by (cluster, run), from the agent where its rank 0 lives; nothing once it has ended."""
+    return f'max by ({RUN}) ({metric} and on (cluster, instance, run) (gradmon_rank_up{{rank="0"}} == 1))'
+
+
+def living_ranks(expression: str) -> str:
+    """Series per rank, from the nodes where ranks of the run live: world_size is shown by those only.
+
+    A comparison with each rank's own gradmon_rank_up would be more exact, and five times dearer.
+    """
+    return f"({expression}) and on (cluster, instance, run) gradmon_world_size"
+
+
+def named(expression: str, kinds: str) -> str:
+    """Put rank, parameter and kind of the newest incident of these kinds on an expression by (cluster, run).
+
+    "unknown" where there is none, so that the alert fires whatever is known.
+    """
+    incident = f'topk by ({RUN}) (1, run:gradmon_incident:timestamp_seconds{{kind=~"{kinds}"}})'
+    unknown = expression
+    for label in ("rank", "parameter", "kind"):
+        unknown = f'label_replace({unknown}, "{label}", "unknown", "", "")'
+    return (
+        f"({expression})\n* on ({RUN}) group_left (rank, parameter, kind)"
+        f"\ngroup by ({RUN}, rank, parameter, kind) ({incident})"
+        f"\nor on ({RUN})\n{unknown}"
+    )
+
+
+def held(what: str, ranks: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Recording rules `rank:gradmon_WHAT:bad` and `run:gradmon_WHAT:held` for an expression that finds bad ranks.
+
+    The second names one bad rank per run, and stays with it while it is bad. Without that, the worst of several changes
+    from one evaluation to the next, and with it the alert: its `for` would begin anew each time. Both stand before the
+    alert in the same group; where all is well they have no series.
+    """
+    keys, bad, one = f"{RUN}, rank", f"rank:gradmon_{what}:bad", f"run:gradmon_{what}:held"
+    return (
+        {"record": bad, "expr": f"max by ({keys}) ({ranks})"},
+        {"record": one, "expr": f"({bad} and on ({keys}) {one})\nor on ({RUN})\ntopk by ({RUN}) (1, {bad})"},
+    )
+
+
+def warm(expression: str, steps: int) -> str:
+    """Only once the run has made this many steps."""
+    return f'({expression})\nand on ({RUN}) (max by ({RUN}) (gradmon_steps_total{{rank="0"}}) > {steps})'
+
+
+def incident_rules(settings: RuleSettings) -> list[dict[str, str]]:
+    """Recording rules for who broke first. They stand before the alerts in one group, to be as new as the counters.
+
+    The newest incident changes with every broken step; an alert's labels must not, or each change is a new alert and
+    one more message. So the culprit is held through an episode: incidents whose times are less than `episode` apart.
+    """
+    keys = f"{RUN}, rank, parameter, kind"
+    newest, held = "run:gradmon_last_incident:timestamp_seconds", "run:gradmon_incident:timestamp_seconds"
+    kind = f"{RUN}, kind"
+    later = f"(max by ({kind}) ({newest}) - on ({kind}) max by ({kind}) ({held}))"
+    return [
+        {
+            "record": newest,
+            "expr": (
+                f"topk by ({RUN}) (1, max by ({keys}) (gradmon_last_incident_info"
+                f"\n* ignoring (rank, parameter, kind) group_left () gradmon_last_incident_timestamp_seconds))"
+            ),
+        },
+        {
+            "record": held,
+            "expr": (
+                f"(\n  {held} + on ({kind}) group_left () ({later} < {settings.episode})"
+                f"\n  or on ({kind}) {newest}"
+                f"\n  or on ({kind}) {held}\n)"
+                f"\n> time() - 2 * {seconds(settings.event_window)}"
+            ),
+        },
+    ]
+
+
+def seconds(duration: str) -> int:
+    """Seconds of a PromQL duration with one unit."""
+    return int(duration[:-1]) * {"s": 1, "m": 60, "h": 3600}[duration[-1]]

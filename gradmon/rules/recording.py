@@ -1,0 +1,99 @@
+"""Recording rules: what several alerts and panels use, and the roll-ups per run that remote write forwards.
+
+A name says level, what, and how it was combined: `run:gradmon_straggler:ratio` has the labels cluster and run. The
+roll-ups are a few dozen series per run, whatever its size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradmon.rules.expressions import RUN, living_ranks
+from gradmon.rules.thresholds import SETTINGS, RuleSettings
+
+_RANK = f"{RUN}, rank"
+#: GPUs that clock low for reasons of cooling or power supply; a power cap under full load is usual.
+THROTTLED = 'gradmon_gpu_throttled{reason=~"hw_.*|sw_thermal_slowdown"}'
+_QUANTILES = {"min": "0", "p25": "0.25", "median": "0.5", "p75": "0.75", "max": "1"}
+
+
+def recording_rules(settings: RuleSettings = SETTINGS) -> dict[str, Any]:
+    """A Prometheus rule file's content: the roll-ups of every run."""
+    return {
+        "groups": [
+            _group("gradmon-ranks", settings.rank_interval, _ranks(settings)),
+            _group("gradmon-resources", settings.slow_interval, _resources()),
+        ]
+    }
+
+
+def recorded_names(settings: RuleSettings = SETTINGS) -> tuple[str, ...]:
+    """Names of all recorded series in `recording_rules`."""
+    return tuple(r["record"] for group in recording_rules(settings)["groups"] for r in group["rules"])
+
+
+def _group(name: str, interval: str, rules: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "interval": interval,
+        "rules": [{"record": record, "expr": expr} for record, expr in rules.items()],
+    }
+
+
+def _ranks(settings: RuleSettings) -> dict[str, str]:
+    window = settings.rate_window
+    per_step = f"/ (rate(gradmon_steps_total[{window}]) > 0)"
+    waiting = living_ranks(f"rate(gradmon_data_wait_seconds_total[{window}])")
+    paused = "(gradmon_paused == 1) and on (cluster, instance, run, rank) (gradmon_rank_up == 1)"
+    return {
+        "run:gradmon_world_size:max": f"max by ({RUN}) (gradmon_world_size)",
+        "run:gradmon_ranks_up:count": f"sum by ({RUN}) (gradmon_rank_up)",
+        "run:gradmon_ranks_finished:count": f"sum by ({RUN}) (gradmon_rank_finished)",
+        "run:gradmon_ranks_failed:count": f"sum by ({RUN}) (gradmon_rank_failed)",
+        "run:gradmon_ranks_paused:count": f"count by ({RUN}) ({paused})",
+        "run:gradmon_steps:max": f"max by ({RUN}) (gradmon_steps_total)",
+        "run:gradmon_steps:rate": f'max by ({RUN}) (rate(gradmon_steps_total{{rank="0"}}[{window}]))',
+        "run:gradmon_nonfinite_steps:rate": f"sum by ({RUN}) (rate(gradmon_nonfinite_steps_total[{window}]))",
+        "run:gradmon_actions:rate": f"sum by ({RUN}, action, reason) (rate(gradmon_actions_total[{window}]))",
+        "run:gradmon_last_step_age_seconds:min": f"min by ({RUN}) (gradmon_last_step_age_seconds)",
+        "run:gradmon_heartbeat_age_seconds:max": f"max by ({RUN}) (gradmon_last_heartbeat_age_seconds)",
+        "rank:gradmon_step_busy_seconds:mean": (
+            f"max by ({_RANK}) (rate(gradmon_busy_seconds_total[{window}]) {per_step})"
+        ),
+        "run:gradmon_step_busy_seconds:median": f"quantile by ({RUN}) (0.5, rank:gradmon_step_busy_seconds:mean)",
+        "run:gradmon_step_busy_seconds:max": f"max by ({RUN}) (rank:gradmon_step_busy_seconds:mean)",
+        "run:gradmon_straggler:ratio": (
+            "run:gradmon_step_busy_seconds:max / (run:gradmon_step_busy_seconds:median > 0)"
+        ),
+        "run:gradmon_data_wait_ratio:median": f"quantile by ({RUN}) (0.5, {waiting})",
+        **_spread("gradmon_step_duration_seconds", "median", "max"),
+        **_spread("gradmon_local_grad_norm", *_QUANTILES),
+        **_spread("gradmon_loss", "min", "max"),
+    }
+
+
+def _resources() -> dict[str, str]:
+    capacity = "gradmon_gpu_memory_capacity_bytes"
+    rules = {f"run:{capacity}:min": f"min by ({RUN}) ({capacity})"}
+    for what in ("allocated", "reserved", "peak_allocated"):
+        ratio = living_ranks(f"gradmon_gpu_memory_{what}_bytes / {capacity}")
+        rules[f"run:gradmon_gpu_memory_{what}_ratio:max"] = f"max by ({RUN}) ({ratio})"
+    return {
+        **rules,
+        **_spread("gradmon_gpu_memory_allocated_bytes", "max"),
+        **_spread("gradmon_gpu_utilisation_ratio", "min", "median"),
+        **_spread("gradmon_gpu_temperature_celsius", "max"),
+        **_spread("gradmon_process_resident_memory_bytes", "max"),
+        "run:gradmon_gpu_power_watts:sum": f"sum by ({RUN}) ({living_ranks('gradmon_gpu_power_watts')})",
+        "run:gradmon_gpus_throttled:count": f"count by ({RUN}) (rank:gradmon_throttled_gpu:bad)",
+    }
+
+
+def _spread(metric: str, *quantiles: str) -> dict[str, str]:
+    """Quantiles over the living ranks: a handful of lines instead of one per rank."""
+    aggregations = {"min": "min by ({by}) (", "max": "max by ({by}) ("}
+    return {
+        f"run:{metric}:{name}": aggregations.get(name, "quantile by ({by}) ({q}, ").format(by=RUN, q=_QUANTILES[name])
+        + f"{living_ranks(metric)})"
+        for name in quantiles
+    }
