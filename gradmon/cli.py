@@ -39,11 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--dir", help="directory of the journals (default: where attach() puts them)")
     agent.add_argument("--listen", help="address to listen on (default: agent.listen, 127.0.0.1)")
     agent.add_argument("--port", type=_whole(0, 65535), help="first port to try (default: agent.port, 10855)")
-    agent.add_argument(
-        "--linger", type=_seconds, metavar="SECONDS", help="end so long after the last rank (default: serve forever)"
-    )
-    agent.add_argument("--spawned", action="store_true", help=argparse.SUPPRESS)
+    _add_agent_options(agent)
     agent.set_defaults(command=_agent)
+
+    stack = commands.add_parser("stack", help="run Prometheus, Alertmanager and Grafana here, without Docker")
+    _add_stack_options(stack)
+    stack.set_defaults(command=_stack)
 
     config = commands.add_parser("config", help="print the settings in force, and where each comes from")
     config.add_argument("file", nargs="?", metavar="FILE", help="YAML file (default: GRADMON_CONFIG, if set)")
@@ -60,8 +61,47 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--port", type=_whole(0, 65535), default=10855, help="first port to try (default: %(default)s)")
     demo.add_argument("--dir", help="directory of the journals (default: `demo` in gradmon's own)")
     demo.add_argument(
+        "--stack", action="store_true", help="with Prometheus, Alertmanager and Grafana; prints the alerts"
+    )
+    demo.add_argument("--webhook", metavar="URL", help="with --stack: send the alerts there too")
+    demo.add_argument("--stay", action="store_true", help="keep the page up after the run (default on a terminal)")
+    demo.add_argument(
         "--exit", action="store_true", help="end after the run (default unless on a terminal: the page stays up)"
     )
+
+
+def _add_agent_options(agent: argparse.ArgumentParser) -> None:
+    agent.add_argument(
+        "--linger",
+        type=_seconds,
+        metavar="SECONDS",
+        help="serve on so long after the last rank has gone, and after SIGTERM (default: forever, and 0)",
+    )
+    for name, what in {
+        "token-file": "ask for a bearer token out of this file, one per line",
+        "basic-auth-file": "ask for a user:password out of this file, one per line; works in browsers",
+        "tls-cert": "serve HTTPS with this certificate (PEM, with its chain)",
+        "tls-key": "its key (PEM; default: in the certificate's file)",
+        "sd-dir": "write a file_sd file for Prometheus into this directory, removed on a clean exit",
+        "archive": "copy journals to this directory on an incident and at their end",
+    }.items():
+        setting = "archive" if name == "archive" else f"agent.{name.replace('-', '_')}"
+        agent.add_argument(f"--{name}", metavar="PATH", help=f"{what} (default: {setting})")
+    agent.add_argument("--spawned", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_stack_options(stack: argparse.ArgumentParser) -> None:
+    stack.add_argument("--dir", help="for configuration, data and logs (default: `stack` in gradmon's own)")
+    stack.add_argument(
+        "--journals",
+        action="append",
+        metavar="DIR",
+        help="follow the agent that serves these journals; may be repeated (default: where attach() puts them)",
+    )
+    stack.add_argument(
+        "--target", action="append", default=[], metavar="HOST:PORT", help="a further agent; may be repeated"
+    )
+    stack.add_argument("--webhook", metavar="URL", help="send the alerts there too; they are printed here")
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -95,25 +135,44 @@ def _demo(args: argparse.Namespace) -> int:
             faults=not args.clean,
             port=args.port,
             directory=args.dir,
-            stay=sys.stdout.isatty() and not args.exit,
+            stay=(args.stay or sys.stdout.isatty()) and not args.exit,
+            stack=args.stack,
+            webhook=args.webhook,
         )
     )
 
 
 def _agent(args: argparse.Namespace) -> int:
-    from gradmon.agent import run_agent
+    from gradmon.agent import AgentOptions, run_agent
     from gradmon.config import load
-    from gradmon.identity import choose_directory
+    from gradmon.identity import agent_directory
 
     settings = load().config
-    directory = choose_directory(args.dir or settings.dir, os.environ)
-    return run_agent(
-        Path(directory),
+    directory = agent_directory(args.dir or settings.dir, os.environ)
+    options = AgentOptions(
         listen=args.listen or settings.agent.listen,
         port=settings.agent.port if args.port is None else args.port,
         linger_seconds=args.linger,
+        token_file=args.token_file or settings.agent.token_file,
+        basic_auth_file=args.basic_auth_file or settings.agent.basic_auth_file,
+        tls_cert=args.tls_cert or settings.agent.tls_cert,
+        tls_key=args.tls_key or settings.agent.tls_key,
+        sd_dir=args.sd_dir or settings.agent.sd_dir,
+        archive=args.archive or settings.archive,
         spawned=args.spawned,
     )
+    return run_agent(Path(directory), options)
+
+
+def _stack(args: argparse.Namespace) -> int:
+    from gradmon.config import load
+    from gradmon.identity import agent_directory
+    from gradmon.stack import StackOptions, run_stack
+
+    journals = agent_directory(load().config.dir, os.environ)
+    directory = Path(args.dir).absolute() if args.dir else agent_directory(str(journals / "stack"), os.environ)
+    follow = tuple(map(Path, args.journals or [journals]))
+    return run_stack(StackOptions(directory, follow=follow, targets=tuple(args.target), webhook=args.webhook))
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -62,6 +62,11 @@ class AgentConfig:
     linger_seconds: float | None = _setting(
         None, "how long the agent serves on after the last rank; null: 600, and 0 in Slurm and containers", low=0
     )
+    token_file: str | None = _setting(None, "file with the bearer tokens that may read, one per line; null: none asked")
+    basic_auth_file: str | None = _setting(None, "file with a user:password per line; browsers ask for it; null: none")
+    tls_cert: str | None = _setting(None, "PEM file with the certificate to serve HTTPS with; null: plain HTTP")
+    tls_key: str | None = _setting(None, "PEM file with its key; null: it is in the certificate's file")
+    sd_dir: str | None = _setting(None, "directory in which the agent tells Prometheus of itself (file_sd); null: none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,9 @@ class Config:
     attach_timeout_seconds: float = _setting(60.0, "how long attach() waits for the other ranks", low=0, above=True)
     health_file: str | None = _setting(
         None, "marker file that says whether the weights are fit to be kept; null: health.json beside the journals"
+    )
+    archive: str | None = _setting(
+        None, "directory that outlives the node's, to which the agent copies journals on an incident and at their end"
     )
     journal_mib: int = _setting(64, "size of one rank's journal; older steps are forgotten", low=1)
     agent: AgentConfig = field(default_factory=AgentConfig)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import datetime
 import fcntl
 import os
+import pwd
 import re
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,10 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 
 #: How long a claim stands without a rank having taken its lock.
 _CLAIM_SECONDS = 120.0
+
+
+#: Held by the agent of a directory.
+AGENT_LOCK = "agent.lock"
 
 
 class EnvironmentVariableError(ValueError):
@@ -118,14 +124,16 @@ def claim_run(directory: Path, name: str, instance: str) -> str:
     """The name under which `instance` may write: `name`, or `name~2` and so on while other instances live under it.
 
     Rank 0 asks, and broadcasts the answer, so that journal, page and metrics of all nodes agree. A restart of the
-    same instance gets the name it had.
+    same instance gets the name it had. Where several users share a directory, their runs count too.
     """
-    with _exclusive(directory / ".claims.lock"):
+    root = shared_root(directory)
+    users = [directory] if root is None else [root, *_folders(root)]
+    with _exclusive(directory if root is None else root):
         for run in (directory / name, *sorted(directory.glob(f"{name}~*"))):
             if (run / instance).is_dir():
                 return run.name
         number = 1
-        while any(map(_lives, _instances(directory / _numbered(name, number)))):
+        while any(_lives(i) for user in users for i in _folders(user / _numbered(name, number))):
             number += 1
         # The folder itself is the claim: whoever asks next finds it, before any rank has its lock.
         (directory / _numbered(name, number) / instance).mkdir(parents=True)
@@ -146,21 +154,37 @@ def next_attempt(instance: Path, restart_count: int) -> int:
     return max([restart_count, *(number + 1 for number in numbers)])
 
 
-def _instances(run_directory: Path) -> Iterator[Path]:
-    if run_directory.is_dir():
-        yield from (p for p in run_directory.iterdir() if p.is_dir())
+def _folders(directory: Path) -> list[Path]:
+    """Folders in a directory; none if it is not there, or another user's that we may not read."""
+    try:
+        with os.scandir(directory) as entries:
+            return [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
 
 
 def _lives(instance: Path) -> bool:
-    locks = list(instance.glob("*/rank-*.lock"))
-    if not locks:  # claimed, and its ranks are still on their way; or they never came
+    locks = [lock for attempt in _folders(instance) for lock in attempt.glob("rank-*.lock")]
+    if locks:
+        return any(map(is_held, locks))
+    with suppress(OSError):  # claimed, and its ranks are still on their way; or they never came
         return time.time() - instance.stat().st_mtime < _CLAIM_SECONDS
-    return any(map(is_held, locks))
+    return False
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _exclusive(directory: Path) -> Iterator[None]:
+    """One claim at a time, among all who use the directory."""
+    path = directory / ".claims.lock"
+    descriptor = -1
+    while descriptor < 0:
+        # Never O_CREAT alone: in a sticky directory the kernel refuses that on another user's file.
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            break
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            os.fchmod(descriptor, 0o644)  # all must be able to open it, whatever our umask
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -168,19 +192,34 @@ def _exclusive(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+#: Where a site's own agent looks, which runs under a user of its own (system mode).
+SYSTEM_DIRECTORY = Path("/var/lib/gradmon")
+
+
 def choose_directory(configured: str | None, environ: Mapping[str, str]) -> Path:
-    """The directory of the journals on this node, made if need be.
+    """The directory of this user's journals on this node, made if need be: where a rank writes.
 
     A configured one (GRADMON_DIR is part of it) must work. Else the first that fits: /var/lib/gradmon if it can be
-    written, SLURM_TMPDIR, the XDG state home if it is on a local disk, /tmp/gradmon-UID.
+    written, SLURM_TMPDIR, the XDG state home if it is on a local disk, /tmp/gradmon-UID. In a directory of another
+    user (a site's agent, a container's) it is a folder of our own in it, so that users do not meet.
+
+    Raises:
+        DirectoryError: names the directory and the cure.
+    """
+    directory = agent_directory(configured, environ)
+    return directory if directory.stat().st_uid == os.getuid() else _own_part(directory)
+
+
+def agent_directory(configured: str | None, environ: Mapping[str, str]) -> Path:
+    """The directory an agent serves: the same, with the folders of all users in it.
 
     Raises:
         DirectoryError: names the directory and the cure.
     """
     if configured:
         return _prepare(Path(configured).expanduser().absolute())
-    if os.access("/var/lib/gradmon", os.W_OK):
-        return _prepare(Path("/var/lib/gradmon"))
+    if os.access(SYSTEM_DIRECTORY, os.W_OK):
+        return _prepare(SYSTEM_DIRECTORY)
     candidates = []
     if environ.get("SLURM_TMPDIR"):
         candidates.append(Path(environ["SLURM_TMPDIR"]) / "gradmon")
@@ -193,6 +232,41 @@ def choose_directory(configured: str | None, environ: Mapping[str, str]) -> Path
         except DirectoryError:
             continue
     return _prepare_shared(Path(f"/tmp/gradmon-{os.getuid()}"))  # noqa: S108  checked to be ours and private
+
+
+def shared_root(directory: Path) -> Path | None:
+    """The directory of several users in which `directory` is this user's own folder; None if it is no such folder.
+
+    It is one only if an agent of its owner has served it: /scratch/alice is alice's own, whoever owns /scratch.
+    """
+    parent = directory.parent
+    try:
+        owner = parent.stat().st_uid
+        served = (parent / AGENT_LOCK).lstat().st_uid in (0, owner)
+    except OSError:
+        return None
+    return parent if served and owner != os.getuid() and directory.name == _user_name() else None
+
+
+def _user_name() -> str:
+    try:
+        return _clean(pwd.getpwuid(os.getuid()).pw_name) or f"uid-{os.getuid()}"
+    except KeyError:  # a container may run under a number that nobody has named
+        return f"uid-{os.getuid()}"
+
+
+def _own_part(shared: Path) -> Path:
+    """Our folder in another user's directory. Who may read it is who may read that one: a site's group, mostly."""
+    part = shared / _user_name()
+    try:
+        part.mkdir(exist_ok=True)
+        status = part.lstat()
+        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+            raise DirectoryError(f"dir {part} belongs to another user (uid {status.st_uid}); remove it, or {_CURE}")
+        part.chmod(shared.stat().st_mode & 0o2755)  # as the umask would not have it
+    except OSError as error:
+        raise DirectoryError(f"dir {part} can't be made ({error.strerror}); {_CURE}") from None
+    return part
 
 
 def _prepare(path: Path) -> Path:
@@ -255,10 +329,10 @@ def linger_seconds(configured: float | None, environ: Mapping[str, str]) -> floa
 
 def page_hint(address: str, environ: Mapping[str, str]) -> str:
     """The page's address as a person can use it from where they sit."""
-    port = address.rstrip("/").rpartition(":")[2]
+    scheme, port = address.partition(":")[0], address.rstrip("/").rpartition(":")[2]
     host = socket.gethostname()
     if "KUBERNETES_SERVICE_HOST" in environ:
-        return f"{address} (kubectl port-forward pod/{host} {port}, then open http://127.0.0.1:{port})"
+        return f"{address} (kubectl port-forward pod/{host} {port}, then open {scheme}://127.0.0.1:{port})"
     if "SSH_CONNECTION" in environ and "127.0.0.1" in address:
         return f"{address} (from your machine: ssh -L {port}:127.0.0.1:{port} {host}, then open it)"
     return address

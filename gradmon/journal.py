@@ -19,6 +19,7 @@ import json
 import math
 import queue
 import sqlite3
+import stat
 import threading
 import time
 from collections import defaultdict
@@ -217,6 +218,7 @@ class JournalWriter:
     def _create(self, meta: Mapping[str, object]) -> sqlite3.Connection:
         for suffix in ("", "-wal", "-shm"):  # we hold the lock: what lies here belongs to nobody
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        _share(self.path)
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
         connection.execute("PRAGMA journal_mode = WAL")
@@ -405,6 +407,18 @@ class JournalWriter:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+
+
+def _share(path: Path) -> None:
+    """Below a folder that a group shares (setgid) its members may read, whatever our umask says: the site's agent."""
+    with contextlib.suppress(OSError):  # folders of another user, who has made them as they should be
+        for folder in reversed(path.parents[:3]):  # run, instance, attempt
+            if not (mode := folder.parent.stat().st_mode) & stat.S_ISGID:
+                return
+            folder.chmod(mode & 0o2755)
+        path.touch(0o600)  # what SQLite makes beside it takes its mode
+        for file in (path, path.with_suffix(".lock")):
+            file.chmod(mode & 0o644)
 
 
 @dataclass(frozen=True, slots=True)

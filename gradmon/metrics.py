@@ -26,6 +26,7 @@ class Metric:
 _RUN = ("run",)
 _LAYER = ("run", "layer")
 _RANK = ("run", "rank")
+_HOST = ("host",)
 
 #: Every metric gradmon exports. Those labelled by run alone are equal on all ranks and come from one rank of the run.
 METRICS: tuple[Metric, ...] = (
@@ -40,8 +41,15 @@ METRICS: tuple[Metric, ...] = (
         "gradmon_rank_info",
         "gauge",
         "1",
-        ("run", "rank", "local_rank", "host", "world_size", "device", "gpu_uuid"),
-        "Always 1; where a rank runs. Join on run and rank, or with other exporters on gpu_uuid.",
+        ("run", "rank", "local_rank", "host", "world_size", "device", "gpu_uuid", "gpu_pci_bus_id"),
+        "Always 1; where a rank runs. Join on run and rank, or with dcgm-exporter's series, whose UUID is gpu_uuid.",
+    ),
+    Metric(
+        "gradmon_world_size",
+        "gauge",
+        "ranks",
+        _RUN,
+        "Ranks the run has, as its living ranks know; absent from an agent on whose node none of them lives.",
     ),
     Metric(
         "gradmon_grad_norm",
@@ -129,6 +137,13 @@ METRICS: tuple[Metric, ...] = (
         "Step of the newest incident.",
     ),
     Metric(
+        "gradmon_last_incident_timestamp_seconds",
+        "gauge",
+        "seconds",
+        _RUN,
+        "Unix time of the newest incident.",
+    ),
+    Metric(
         "gradmon_grad_abs_max",
         "gauge",
         "1",
@@ -155,6 +170,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("gradmon_healthy_ranks", "gauge", "ranks", _RUN, "Ranks whose own gradients were finite in the last step."),
     Metric("gradmon_mean_loss", "gauge", "1", _RUN, "Mean loss over all ranks; the last finite value."),
     Metric("gradmon_max_loss", "gauge", "1", _RUN, "Largest loss of any rank; the last finite value."),
+    Metric(
+        "gradmon_validation_loss",
+        "gauge",
+        "1",
+        _RUN,
+        "Validation loss observed last, the last finite value; absent where none is observed.",
+    ),
     Metric("gradmon_loss_scale", "gauge", "1", _RUN, "Factor of the script's GradScaler; absent without one."),
     Metric(
         "gradmon_scaler_skips_total",
@@ -268,13 +290,35 @@ METRICS: tuple[Metric, ...] = (
         "Steps whose observed loss was NaN or Inf.",
     ),
     Metric(
-        "gradmon_last_step_timestamp_seconds",
+        "gradmon_last_step_age_seconds",
         "gauge",
         "seconds",
         _RANK,
-        "Unix time at which this rank finished its last step.",
+        "Time since this rank finished its last step, or attached; by the node's own clock. Absent once it has ended.",
     ),
     Metric("gradmon_step_duration_seconds", "gauge", "seconds", _RANK, "Duration of this rank's last step."),
+    Metric(
+        "gradmon_busy_seconds_total",
+        "counter",
+        "seconds",
+        _RANK,
+        "Time this rank spent in its steps before its gradients met the others': data, forward, backward. The rank "
+        "with most per step holds the others up. DDP only.",
+    ),
+    Metric(
+        "gradmon_data_wait_seconds_total",
+        "counter",
+        "seconds",
+        _RANK,
+        "Time this rank waited for its DataLoader's next batch; absent where the script uses none.",
+    ),
+    Metric(
+        "gradmon_paused",
+        "gauge",
+        "bool",
+        _RANK,
+        "1 while the script is inside monitor.paused(): evaluation, checkpoint; no step is expected then.",
+    ),
     Metric(
         "gradmon_rank_up",
         "gauge",
@@ -290,11 +334,18 @@ METRICS: tuple[Metric, ...] = (
         "1 when the rank ended by itself without an exception.",
     ),
     Metric(
-        "gradmon_last_heartbeat_timestamp_seconds",
+        "gradmon_rank_failed",
+        "gauge",
+        "bool",
+        _RANK,
+        "1 when the rank ended by an exception or an exit code; a killed one has neither finished nor failed.",
+    ),
+    Metric(
+        "gradmon_last_heartbeat_age_seconds",
         "gauge",
         "seconds",
         _RANK,
-        "Unix time of the rank's last heartbeat; it beats every 5 s also while no step is made.",
+        "Time since the rank's last heartbeat; it beats every 5 s, steps or not. Absent once it has ended.",
     ),
     Metric(
         "gradmon_process_resident_memory_bytes",
@@ -334,23 +385,23 @@ METRICS: tuple[Metric, ...] = (
         _RANK,
         "Bytes the rank's process sent to disks, checkpoints for instance; absent where the system does not tell.",
     ),
-    Metric("gradmon_host_memory_available_bytes", "gauge", "bytes", _RANK, "Memory available on the rank's host."),
-    Metric("gradmon_host_memory_capacity_bytes", "gauge", "bytes", _RANK, "All memory of the rank's host."),
+    Metric("gradmon_host_memory_available_bytes", "gauge", "bytes", _HOST, "Memory available on the host."),
+    Metric("gradmon_host_memory_capacity_bytes", "gauge", "bytes", _HOST, "All memory of the host."),
     Metric(
         "gradmon_host_swap_used_bytes",
         "gauge",
         "bytes",
-        _RANK,
-        "Swap space in use on the rank's host; absent on a host without swap.",
+        _HOST,
+        "Swap space in use on the host; absent on a host without swap.",
     ),
     Metric(
         "gradmon_host_load_average",
         "gauge",
         "1",
-        _RANK,
-        "Threads that ran or wanted to run on the rank's host, averaged over the last minute.",
+        _HOST,
+        "Threads that ran or wanted to run on the host, averaged over the last minute.",
     ),
-    Metric("gradmon_host_cpus", "gauge", "cpus", _RANK, "Logical CPUs of the rank's host."),
+    Metric("gradmon_host_cpus", "gauge", "cpus", _HOST, "Logical CPUs of the host."),
     Metric(
         "gradmon_gpu_memory_allocated_bytes",
         "gauge",
@@ -474,6 +525,8 @@ METRICS_BY_NAME: dict[str, Metric] = {m.name: m for m in METRICS}
 RESOURCE_METRICS: dict[str, str] = {
     "healthy": "gradmon_healthy",
     "last_healthy_step": "gradmon_last_healthy_step",
+    "validation_loss": "gradmon_validation_loss",
+    "paused": "gradmon_paused",
     "snapshot_memory_bytes": "gradmon_snapshot_memory_bytes",
     "resident_memory_bytes": "gradmon_process_resident_memory_bytes",
     "cpu_seconds": "gradmon_process_cpu_seconds_total",

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 logger = logging.getLogger("gradmon.agent")
 
@@ -31,6 +31,15 @@ RETRY_SECONDS = 60.0
 
 #: A metric's name, its labels after run and rank, the value.
 Reading = tuple[str, tuple[str, ...], float]
+
+
+class Gpu(NamedTuple):
+    """What the driver says of one GPU."""
+
+    pci_bus_id: str
+    """As NVML writes it, `00000000:3B:00.0`; empty where it does not tell."""
+    readings: list[Reading]
+
 
 #: Errors that say "not here": the GPU, its driver or this container has no such thing.
 _ABSENT = (
@@ -101,7 +110,7 @@ class GpuSampler:
         self._thread = threading.Thread(target=self._run, name="gradmon-gpus", daemon=True)
         # When the newest sample was begun (or, before the first, NVML opened; None without NVML), and what it says.
         # One tuple, put in place at once: readers need no lock that a hung call could hold.
-        self._newest: tuple[float | None, dict[str, list[Reading]]] = (None, {})
+        self._newest: tuple[float | None, dict[str, Gpu]] = (None, {})
         self._failing: set[str] = set()
         self._stale = False
         self._told_absence = False
@@ -115,7 +124,7 @@ class GpuSampler:
         self._ending.set()
         self._thread.join(timeout)
 
-    def newest(self) -> Mapping[str, list[Reading]]:
+    def newest(self) -> Mapping[str, Gpu]:
         """UUID of a GPU -> what the newest sample says of it; empty without GPUs, and when that sample is too old."""
         since, readings = self._newest
         if since is None or self._clock() - since <= STALE_SECONDS:
@@ -157,21 +166,21 @@ class GpuSampler:
             return None
         return nvml
 
-    def _sample(self, nvml: Any) -> dict[str, list[Reading]]:
+    def _sample(self, nvml: Any) -> dict[str, Gpu]:
         failed: dict[str, Exception] = {}
-        readings: dict[str, list[Reading]] = {}
+        gpus: dict[str, Gpu] = {}
         absent = _absent(nvml)
         for index in range(nvml.nvmlDeviceGetCount()):
             try:
                 device = nvml.nvmlDeviceGetHandleByIndex(index)
                 uuid = str(nvml.nvmlDeviceGetUUID(device))
-                readings[uuid] = self._read(nvml, device, f"GPU {index}", failed)
+                gpus[uuid] = Gpu(_bus_id(nvml, device), self._read(nvml, device, f"GPU {index}", failed))
             except absent:
                 continue  # one that this container may not open
             except Exception as error:
                 failed[f"GPU {index}"] = error
         self._note(failed)
-        return readings
+        return gpus
 
     def _read(self, nvml: Any, device: Any, name: str, failed: dict[str, Exception]) -> list[Reading]:
         """All that one GPU tells. What it has not is left out, what fails goes into `failed`; raises if it is lost."""
@@ -203,6 +212,13 @@ class GpuSampler:
 def _close(nvml: Any) -> None:
     with contextlib.suppress(Exception):
         nvml.nvmlShutdown()
+
+
+def _bus_id(nvml: Any, device: Any) -> str:
+    try:
+        return str(nvml.nvmlDeviceGetPciInfo(device).busId)
+    except Exception:  # the metrics matter more, and they tell of a GPU that is lost
+        return ""
 
 
 def _absent(nvml: Any) -> tuple[type[Exception], ...]:

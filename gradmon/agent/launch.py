@@ -1,5 +1,5 @@
-"""Find the agent of a directory, or start one. Used inside the training process, so it imports the standard library
-only.
+"""Find the agent of a directory, or start one; and the options an agent has. Used inside the training process, so it
+imports no server.
 
 *Running* means that a living process holds the flock on `DIR/agent.lock`; the file then says where it listens.
 """
@@ -7,19 +7,23 @@ only.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradmon
+from gradmon.identity import AGENT_LOCK
 from gradmon.locks import is_held
 
-LOCK_NAME = "agent.lock"
+LOCK_NAME = AGENT_LOCK
 LOG_NAME = "agent.log"
 #: An agent's log beyond this is begun anew when the next agent starts.
 LOG_BYTES = 1 << 20
@@ -27,6 +31,45 @@ LOG_BYTES = 1 << 20
 #: What torchrun tells its workers, and what concerns the job; the agent is told what it needs on its command line.
 _WORKER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WORKER_PREFIXES = ("GRADMON_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "NCCL_", "OMP_")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """How an agent serves. Paths are as the user wrote them."""
+
+    listen: str = "127.0.0.1"
+    """Address to bind."""
+    port: int = 10855
+    """Port wanted; where it is taken the next free one, up to 100 further. 0: any."""
+    linger_seconds: float | None = None
+    """How long it serves on after the last rank it saw has gone, and after SIGTERM; None serves until a signal."""
+    token_file: str | None = None
+    """File with the bearer tokens that may read, one per line; None asks for none."""
+    basic_auth_file: str | None = None
+    """File with a user:password per line that may read."""
+    tls_cert: str | None = None
+    """PEM file with the certificate and its chain; None serves plain HTTP."""
+    tls_key: str | None = None
+    """PEM file with its key; None where the certificate's file holds it."""
+    sd_dir: str | None = None
+    """Directory of file_sd files for Prometheus, to which this agent adds its own."""
+    archive: str | None = None
+    """Directory to which journals are copied on an incident and at their end."""
+    spawned: bool = False
+    """Started by `ensure_agent`: another agent in its place is what was wanted, it waits for no rank to come, and a
+    signal ends it at once."""
+
+    def arguments(self) -> Iterator[str]:
+        """The command line that gives these options again from any working directory."""
+        yield from ("--listen", self.listen, "--port", str(self.port))
+        if self.linger_seconds is not None:
+            yield from ("--linger", str(self.linger_seconds))
+        for name in ("token_file", "basic_auth_file", "tls_cert", "tls_key", "sd_dir", "archive"):
+            path = getattr(self, name)
+            if path is not None:
+                yield from (f"--{name.replace('_', '-')}", str(Path(path).expanduser().absolute()))
+        if self.spawned:
+            yield "--spawned"
 
 
 class AgentLock:
@@ -87,7 +130,7 @@ def wait_for_agent(directory: Path, timeout: float) -> str | None:
         time.sleep(0.05)
 
 
-def ensure_agent(directory: Path, *, listen: str, port: int, linger_seconds: float | None) -> None:
+def ensure_agent(directory: Path, options: AgentOptions) -> None:
     """Start an agent for `directory` unless one is running; does not wait for it.
 
     Call it while this rank holds its journal's lock, so that an agent about to end sees that somebody lives. Two
@@ -99,10 +142,8 @@ def ensure_agent(directory: Path, *, listen: str, port: int, linger_seconds: flo
     if is_held(directory / LOCK_NAME):
         return
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "gradmon", "agent", "--spawned", "--dir", str(directory.resolve())]
-    command += ["--listen", listen, "--port", str(port)]
-    if linger_seconds is not None:
-        command += ["--linger", str(linger_seconds)]
+    command = [sys.executable, "-m", "gradmon", "agent", "--dir", str(directory.resolve())]
+    command += dataclasses.replace(options, spawned=True).arguments()
     with _open_log(directory) as log:
         # The shell starts the agent and ends: the training process keeps no child that somebody would have to wait
         # for. A session of its own, because torchrun ends its workers by killpg; no inherited output, because

@@ -1,6 +1,8 @@
 """Old instances are deleted, so that a node does not fill up: after 7 days, or oldest first beyond 2 GiB.
 
-Never a living one, and nothing but gradmon's own files: a `--dir` that points at something else stays as it is.
+Never a living one, and nothing but gradmon's own files: a `--dir` that points at something else stays as it is. Nor a
+copy, which has no lock: an archive is kept by whoever made it. In a directory that several users share, each user's
+ranks prune their own folder; an agent of another user can't.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradmon.agent.store import find_journals
+from gradmon.agent.places import find_journals
 from gradmon.journal import read_journal
 from gradmon.locks import is_held
 
@@ -37,6 +39,7 @@ class _Old:
 def prune(directory: Path, *, keep_seconds: float = KEEP_SECONDS, keep_bytes: int = KEEP_BYTES) -> list[Path]:
     """Delete what is too old or too much, and return the instances deleted. Those with incidents go last."""
     instances = {place.path.parent.parent for place in find_journals(directory)}
+    instances = {instance for instance in instances if _ours(instance)}
     total = sum(_size(instance) for instance in instances)
     removed: list[Path] = []
     old = [_examine(instance) for instance in instances if not _living(instance)]
@@ -58,6 +61,13 @@ def _files(instance: Path) -> Iterator[Path]:
     for attempt in instance.iterdir():
         if attempt.name.isdecimal() and attempt.is_dir() and not attempt.is_symlink():
             yield from (file for file in attempt.iterdir() if _OURS.fullmatch(file.name))
+
+
+def _ours(instance: Path) -> bool:
+    """Whether ranks wrote it here, and we may delete it."""
+    files = list(_files(instance))
+    deletable = all(os.access(folder, os.W_OK) for folder in {file.parent for file in files})
+    return deletable and any(file.suffix == ".lock" for file in files)
 
 
 def _living(instance: Path) -> bool:

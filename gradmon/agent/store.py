@@ -2,7 +2,7 @@
 
 Words used here, with these meanings only:
 
-- *journal*: one file, `DIR/<run>/<instance>/<attempt>/rank-NNNNN.db`; one rank in one attempt.
+- *journal*: one file, `DIR/<run>/<instance>/<attempt>/rank-NNNNN.db`; one rank in one attempt. Also below `DIR/<user>`.
 - *rank*: one rank of an instance over all its attempts. Counters are summed over them, the history goes on.
 - *instance*: one start of a run. It is *superseded* once a later instance of the same name began after its end.
 - *run*: what is exported: an instance that nothing superseded, under a name no other exported instance has.
@@ -13,11 +13,10 @@ One thread calls `refresh`; others may read what it publishes while they hold `l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
-import os
-import re
 import threading
 import time
 from array import array
@@ -25,12 +24,13 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from gradmon.agent.layer_gauges import LayerGauges
-from gradmon.journal import CounterKey, JournalVersionError, JournalView, RankState, count_step, read_journal
+from gradmon.agent.places import Place, find_journals
+from gradmon.counting import CounterKey, count_step
+from gradmon.journal import JournalVersionError, JournalView, RankState, read_journal
 from gradmon.locks import is_held
-from gradmon.record import Event, RankIdentity, StepRecord, finite
+from gradmon.record import Event, StepRecord, finite
 
 logger = logging.getLogger("gradmon.agent")
 
@@ -57,9 +57,8 @@ RETRY_SECONDS = 30.0
 #: A journal just being created has no tables yet; for this long that is no error.
 CREATION_SECONDS = 5.0
 #: Parts that may fail, born at 0 each: a counter first seen above 0 fires no alert.
-ERROR_PARTS = ("exporter", "journal", "journal_version", "nvml", "prune", "store")
+ERROR_PARTS = ("archive", "auth", "exporter", "journal", "journal_version", "nvml", "prune", "sd", "store")
 
-_JOURNAL_NAME = re.compile(r"rank-(\d{5,})\.db")
 _NOTHING_NEW = 1 << 62
 _GAUGE_FIELDS = (
     *POINT_FIELDS[1:-1],
@@ -160,6 +159,8 @@ class Journal:
         self.attempt = attempt
         self.view: JournalView | None = None
         """The newest look at it, without its steps, events and details."""
+        self.looked_monotonic = 0.0
+        """When that was, on the clock that nobody sets."""
         self.layers: LayerGauges | None = None
         """None until the first detail."""
         self._step = self._event = self._detail = 0
@@ -172,7 +173,7 @@ class Journal:
 
     def read(self, errors: Counter[str], *, follow: bool) -> JournalView | None:
         """What is new, or None. `follow=False` looks at who and whether only, and leaves steps and events for later."""
-        signature = _signature(self.path)
+        signature = signature_of(self.path)
         if not self._due(signature != self._signature, follow):
             return None
         self._signature = signature
@@ -184,6 +185,7 @@ class Journal:
             self._failed(error, errors)
             return None
         self._failures = 0
+        self.looked_monotonic = time.monotonic()
         # The rank may have committed between our look at the rows and our look at its lock: a crash is read twice.
         newly_crashed = view.state == "crashed" and (self.view is None or self.view.state != "crashed")
         self._complete = (follow or self._complete) and not newly_crashed
@@ -257,24 +259,43 @@ class Rank:
     @property
     def view(self) -> JournalView:
         """Its newest journal that could be read."""
-        return [j.view for _, j in sorted(self.journals.items()) if j.view is not None][-1]
+        newest = self._newest
+        if newest.view is None:
+            raise ValueError(f"no journal of rank {self.number} could be read")
+        return newest.view
+
+    @property
+    def looked_monotonic(self) -> float:
+        """When that journal was looked at."""
+        return self._newest.looked_monotonic
+
+    @property
+    def living(self) -> bool:
+        """True while its process lives."""
+        return self.view.state in LIVING
 
     @property
     def layers(self) -> LayerGauges | None:
         """Values per layer from that journal; only rank 0 has them."""
-        return [j for _, j in sorted(self.journals.items()) if j.view is not None][-1].layers
+        return self._newest.layers
+
+    @property
+    def _newest(self) -> Journal:
+        readable = [attempt for attempt, journal in self.journals.items() if journal.view is not None]
+        return self.journals[max(readable or self.journals)]
 
     @property
     def last_seen_seconds(self) -> float:
         """Unix time of its last sign of life."""
         return max(self.view.beat_seconds, self.gauges.get("wall_seconds", 0.0))
 
-    def counters(self) -> Counter[CounterKey]:
+    def counters(self) -> dict[CounterKey, float]:
         """Summed over the attempts, with a 0 for each counter that exists from the first step on."""
-        total: Counter[CounterKey] = Counter(_born(self.view.identity))
-        for journal in self.journals.values():
+        total = dict(_born(applied=self.view.identity.mode == "guard"))
+        for journal in list(self.journals.values()):
             if journal.view is not None:
-                total.update(journal.view.counters)
+                for key, value in journal.view.counters.items():
+                    total[key] = total.get(key, 0.0) + value
         return total
 
     def feed(self, attempt: int, view: JournalView, sequence: Iterator[int]) -> None:
@@ -372,13 +393,18 @@ class Store:
         self.runs: list[Run] = []
         """In the order of their names."""
         self.sequence = itertools.count(1)
-        self._instances: dict[tuple[str, str], Instance] = {}
+        self._instances: dict[tuple[str, str, str], Instance] = {}
 
     @property
     def journals(self) -> int:
         """Number of journals seen."""
         with self.lock:
             return sum(1 for instance in self._instances.values() for _ in instance.journals())
+
+    @property
+    def instances(self) -> list[Instance]:
+        """All there are, exported or not; hold `lock`."""
+        return list(self._instances.values())
 
     def find(self, name: str) -> Run | None:
         """The run exported as `name`."""
@@ -418,9 +444,9 @@ class Store:
         self._instances = {key: x for key, x in self._instances.items() if id(x) != identity}
 
     def _add(self, place: Place) -> None:
-        key = (place.run, place.instance)
+        key = (place.user, place.run, place.instance)
         if key not in self._instances:
-            self._instances[key] = Instance(*key)
+            self._instances[key] = Instance(place.run, place.instance)
         ranks = self._instances[key].ranks
         if place.rank not in ranks:
             ranks[place.rank] = Rank(place.rank)
@@ -455,44 +481,6 @@ class Store:
         return [runs[name] for name in sorted(runs)]
 
 
-class Place(NamedTuple):
-    """A journal's path and what the path says."""
-
-    path: Path
-    run: str
-    instance: str
-    attempt: int
-    rank: int
-
-
-def find_journals(directory: Path) -> Iterator[Place]:
-    """All journals below `directory`. What is not one of ours is passed over."""
-    for run in _folders(directory):
-        for instance in _folders(run):
-            for attempt in _folders(instance):
-                if attempt.name.isdecimal():
-                    for name in _names(attempt):
-                        match = _JOURNAL_NAME.fullmatch(name)
-                        if match:
-                            path = attempt / name
-                            yield Place(path, run.name, instance.name, int(attempt.name), int(match[1]))
-
-
-def _folders(directory: Path) -> list[Path]:
-    try:
-        with os.scandir(directory) as entries:
-            return sorted(Path(e.path) for e in entries if e.is_dir(follow_symlinks=False))
-    except OSError:
-        return []  # gone, or not ours to read
-
-
-def _names(directory: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in directory.iterdir())
-    except OSError:
-        return []
-
-
 def _not_superseded(instances: list[Instance]) -> list[Instance]:
     ordered = sorted(instances, key=lambda x: (x.started_seconds, x.name))
     return [
@@ -502,7 +490,7 @@ def _not_superseded(instances: list[Instance]) -> list[Instance]:
     ]
 
 
-def _signature(path: Path) -> tuple[int, ...]:
+def signature_of(path: Path) -> tuple[int, ...]:
     """Changes whenever somebody writes the journal or puts another in its place."""
     signature: tuple[int, ...] = ()
     for file in (path, path.with_name(path.name + "-wal")):
@@ -514,7 +502,8 @@ def _signature(path: Path) -> tuple[int, ...]:
     return signature
 
 
-def _born(identity: RankIdentity) -> Counter[CounterKey]:
+@functools.cache
+def _born(*, applied: bool) -> dict[CounterKey, float]:
     """Every counter a step can raise, at 0."""
     healthy = StepRecord(
         step=0,
@@ -530,10 +519,10 @@ def _born(identity: RankIdentity) -> Counter[CounterKey]:
         local_inf_count=0,
         action="none",
         reason="healthy",
-        applied=identity.mode == "guard",
+        applied=applied,
         culprit_rank=None,
         parameter=None,
         learning_rate=0.0,
         learning_rate_scale=1.0,
     )
-    return Counter(dict.fromkeys(count_step(healthy, identity.rank), 0))
+    return dict.fromkeys(count_step(healthy, 0), 0.0)

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradmon.agent.launch import wait_for_agent
+from gradmon.agent.launch import AgentOptions, wait_for_agent
 from gradmon.journal import JournalWriter, journal_path
 from gradmon.record import DETAIL_COLUMNS, Detail, Event, RankIdentity, StepRecord
 
@@ -177,6 +177,21 @@ class FakeRank:
         self.writer.close(end, detail)
 
 
+def explode(rank: FakeRank, step: int) -> None:
+    """Four spikes of this rank in a row, with the back-off they cause, and a NaN after them."""
+    culprit = {"culprit_rank": rank.identity.rank, "parameter": "blocks.3.mlp.weight"}
+    for place in range(4):
+        action = "skip" if place else "rescale"
+        rank.step(record(step + place, grad_norm=900.0, reason="spike", action=action, **culprit))
+    said = "4 spikes within 16 steps: learning rate lowered to x0.3"
+    rank.tell(
+        Event(
+            step + 3, time.time(), "spike_streak", "backoff", True, culprit["culprit_rank"], culprit["parameter"], said
+        )
+    )
+    rank.step(nonfinite(step + 4, rank=rank.identity.rank))
+
+
 _DEAD = """
 import os, sys
 sys.path[:0] = {paths!r}
@@ -313,17 +328,18 @@ def _told(one: StepRecord) -> list[Event]:
 
 
 class AgentProcess:
-    """`run_agent` in a process of its own."""
+    """`run_agent` in a process of its own. `context` trusts the certificate of one that serves HTTPS."""
 
-    def __init__(self, directory: Path, *, listen="127.0.0.1", port=0, linger=None, spawned=False, prelude="") -> None:
+    def __init__(self, directory: Path, *, linger=None, prelude="", context=None, user=None, **options) -> None:
         self.directory = directory
+        self._context = context
+        chosen = AgentOptions(**{"port": 0, **options}, linger_seconds=linger)
         code = (
-            f"{prelude}\nimport sys; from pathlib import Path\nfrom gradmon.agent import run_agent\n"
-            f"sys.exit(run_agent(Path({str(directory)!r}), listen={listen!r}, port={port}, "
-            f"linger_seconds={linger!r}, spawned={spawned!r}))"
+            f"{prelude}\nimport sys; from pathlib import Path\nfrom gradmon.agent import AgentOptions, run_agent\n"
+            f"sys.exit(run_agent(Path({str(directory)!r}), {chosen!r}))"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-W", "error", "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT, user=user
         )
 
     def __enter__(self) -> AgentProcess:
@@ -341,7 +357,7 @@ class AgentProcess:
         return address
 
     def get(self, path: str, accept: str = "") -> str:
-        return get(self.address + path, accept)
+        return get(self.address + path, accept, self._context)
 
     def json(self, path: str):
         return json.loads(self.get(path))
@@ -356,9 +372,9 @@ class AgentProcess:
         return self.process.returncode, log
 
 
-def get(url: str, accept: str = "") -> str:
+def get(url: str, accept: str = "", context=None) -> str:
     request = urllib.request.Request(url, headers={"Accept": accept})
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=20, context=context) as answer:
         return answer.read().decode()
 
 

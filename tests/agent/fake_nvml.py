@@ -82,6 +82,10 @@ class FakeNvml:
     def nvmlDeviceGetUUID(self, handle) -> str:
         return self._called("nvmlDeviceGetUUID", handle).uuid
 
+    def nvmlDeviceGetPciInfo(self, handle):
+        self._called("nvmlDeviceGetPciInfo", handle)
+        return pynvml.nvmlPciInfo_t(busId=f"00000000:{self.gpus.index(handle):02X}:00.0".encode())
+
     def nvmlDeviceGetMemoryInfo(self, handle, version=None):
         gpu = self._called("nvmlDeviceGetMemoryInfo", handle)
         return pynvml.c_nvmlMemory_t(total=gpu.total, used=gpu.used, free=gpu.total - gpu.used)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import threading
 import time
 
 import pytest
@@ -13,12 +14,15 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from gradmon.agent import exporter as exporter_module
 from gradmon.agent.exporter import Exporter
+from gradmon.agent.gpus import Gpu
 from gradmon.agent.store import Store
 from gradmon.metrics import METRICS, METRICS_BY_NAME
 
 GPU = {
     "healthy": 0.0,
     "last_healthy_step": 17.0,
+    "validation_loss": 2.25,
+    "paused": 1.0,
     "snapshot_memory_bytes": 6e9,
     "resident_memory_bytes": 3e8,
     "cpu_seconds": 12.5,
@@ -42,17 +46,20 @@ GPU = {
 }
 #: What the driver says of the GPU of rank r of "gpt".
 DRIVER = {
-    f"GPU-{r}": [
-        ("gradmon_gpu_device_memory_used_bytes", (), 3e9),
-        ("gradmon_gpu_device_memory_capacity_bytes", (), 8e10),
-        ("gradmon_gpu_utilisation_ratio", (), 0.97),
-        ("gradmon_gpu_power_watts", (), 650.0 + r),
-        ("gradmon_gpu_temperature_celsius", (), 61.0),
-        ("gradmon_gpu_throttled", ("sw_power_cap",), 1.0),
-        ("gradmon_gpu_throttled", ("hw_slowdown",), 0.0),
-        ("gradmon_gpu_ecc_errors_total", ("corrected",), 3.0),
-        ("gradmon_gpu_nvlink_errors_total", ("replay",), 7.0),
-    ]
+    f"GPU-{r}": Gpu(
+        f"00000000:{r}B:00.0",
+        [
+            ("gradmon_gpu_device_memory_used_bytes", (), 3e9),
+            ("gradmon_gpu_device_memory_capacity_bytes", (), 8e10),
+            ("gradmon_gpu_utilisation_ratio", (), 0.97),
+            ("gradmon_gpu_power_watts", (), 650.0 + r),
+            ("gradmon_gpu_temperature_celsius", (), 61.0),
+            ("gradmon_gpu_throttled", ("sw_power_cap",), 1.0),
+            ("gradmon_gpu_throttled", ("hw_slowdown",), 0.0),
+            ("gradmon_gpu_ecc_errors_total", ("corrected",), 3.0),
+            ("gradmon_gpu_nvlink_errors_total", ("replay",), 7.0),
+        ],
+    )
     for r in range(2)
 }
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -87,7 +94,9 @@ def directory(tmp_path):
     ranks.append(FakeRank(tmp_path, identity(run="cpu")))
     simulate(ranks[:2], 1, 400)
     ranks[0].writer.count("gradmon_errors_total", ("hooks",))
-    assert ranks[0].writer.flush()
+    for seconds, name in ((12.5, "busy"), (0.25, "data_wait")):
+        ranks[1].writer.count(f"gradmon_{name}_seconds_total", amount=seconds)
+    assert all(rank.writer.flush() for rank in ranks[:2])
     ranks[2].step(record(1))
     yield tmp_path
     for rank in ranks:
@@ -202,12 +211,12 @@ def test_what_is_equal_on_all_ranks_comes_from_rank_0_only(tmp_path):
     rank.end()
     names = {name for name, _ in samples(text)}
     run_level = {m.name for m in METRICS if "rank" not in m.labels and "run" in m.labels}
-    run_level.add("gradmon_last_incident_info")
+    run_level = run_level - {"gradmon_world_size"} | {"gradmon_last_incident_info"}
     assert not names & run_level
     assert value(text, "gradmon_steps_total", run="demo", rank="3") == 2
 
 
-def test_up_and_finished(tmp_path):
+def test_up_finished_and_failed(tmp_path):
     ended = FakeRank(tmp_path, identity(run="ended")).step(record(1))
     failed = FakeRank(tmp_path, identity(run="failed")).step(record(1))
     living = FakeRank(tmp_path, identity(run="living")).step(record(1))
@@ -216,13 +225,120 @@ def test_up_and_finished(tmp_path):
     killed_rank(tmp_path, run="killed")
     text = exposition(tmp_path)
     living.end()
-    assert {
-        run: (
-            value(text, "gradmon_rank_up", run=run, rank="0"),
-            value(text, "gradmon_rank_finished", run=run, rank="0"),
-        )
-        for run in ("ended", "failed", "living", "killed")
-    } == {"ended": (0, 1), "failed": (0, 0), "living": (1, 0), "killed": (0, 0)}
+    names = ("gradmon_rank_up", "gradmon_rank_finished", "gradmon_rank_failed")
+    runs = ("ended", "failed", "living", "killed")
+    assert {run: tuple(value(text, name, run=run, rank="0") for name in names) for run in runs} == {
+        "ended": (0, 1, 0),
+        "failed": (0, 0, 1),
+        "living": (1, 0, 0),
+        "killed": (0, 0, 0),
+    }
+    assert {run for run in runs if value(text, "gradmon_world_size", run=run) is not None} == {"living"}
+    for age in ("gradmon_last_step_age_seconds", "gradmon_last_heartbeat_age_seconds"):
+        assert {run for run in runs if value(text, age, run=run, rank="0") is not None} == {"living"}
+
+
+def test_ages_go_on_while_nobody_looks(tmp_path, monkeypatch):
+    rank = FakeRank(tmp_path, identity()).step(record(1))
+    store = Store(tmp_path)
+    store.refresh()
+    monkeypatch.setattr(exporter_module, "CACHE_SECONDS", 0.0)
+    exporter = Exporter(store)
+
+    def age(name):
+        return value(exporter.render("")[0].decode(), f"gradmon_last_{name}_age_seconds", run="demo", rank="0")
+
+    first = age("step"), age("heartbeat")
+    time.sleep(0.3)
+    later = age("step"), age("heartbeat")
+    rank.end()
+    for before, after in zip(first, later, strict=True):
+        assert 0 <= before < 10
+        assert 0.3 <= after - before < 10
+
+
+def test_before_the_first_step_the_age_is_that_of_the_attachment(tmp_path):
+    rank = FakeRank(tmp_path, identity())
+    time.sleep(0.2)
+    text = exposition(tmp_path)
+    rank.end()
+    assert 0.2 <= value(text, "gradmon_last_step_age_seconds", run="demo", rank="0") < 10
+
+
+def test_a_pause_is_said_of_living_ranks_only(tmp_path):
+    pausing = FakeRank(tmp_path, identity(run="pausing"), {"paused": 1.0})
+    killed = FakeRank(tmp_path, identity(run="ended"), {"paused": 1.0})
+    plain = FakeRank(tmp_path, identity(run="plain"))
+    killed.end("exception")
+    text = exposition(tmp_path)
+    pausing.end()
+    plain.end()
+    seen = {run: value(text, "gradmon_paused", run=run, rank="0") for run in ("pausing", "ended", "plain")}
+    assert seen == {"pausing": 1, "ended": 0, "plain": 0}
+
+
+def test_a_host_is_told_of_once_and_by_a_living_rank(tmp_path):
+    """Two runs and three ranks of it; the one that ended knew other numbers."""
+    ended = FakeRank(tmp_path, identity(run="old"), {"host_cpus": 1.0, "host_load_average": 1.0})
+    ended.end()
+    first = FakeRank(tmp_path, identity(run="a"), {"host_cpus": 96.0})
+    time.sleep(0.02)
+    second = FakeRank(tmp_path, identity(run="b"), {"host_cpus": 95.0})
+    text = exposition(tmp_path)
+    first.end()
+    second.end()
+    hosts = {k: v for k, v in samples(text).items() if k[0].startswith("gradmon_host_")}
+    assert hosts == {("gradmon_host_cpus", frozenset({("host", "node-a")})): 95.0}
+    gone = {name for name, _ in samples(exposition(tmp_path))}
+    assert "gradmon_rank_up" in gone
+    assert "gradmon_host_cpus" not in gone, "nobody here knows any more"
+
+
+def test_the_world_is_known_by_any_living_rank(tmp_path):
+    rank = FakeRank(tmp_path, identity(rank=3, world_size=8))
+    assert value(exposition(tmp_path), "gradmon_world_size", run="demo") == 8
+    rank.end()
+    assert value(exposition(tmp_path), "gradmon_world_size", run="demo") is None
+
+
+def test_where_the_gpu_is_plugged_in(tmp_path):
+    """From torch where it tells; an older one leaves it to the driver."""
+    told = FakeRank(tmp_path, identity(run="told", gpu_uuid="GPU-0", gpu_pci_bus_id="00000000:3B:00.0"))
+    asked = FakeRank(tmp_path, identity(run="asked", gpu_uuid="GPU-1"))
+    unknown = FakeRank(tmp_path, identity(run="unknown", gpu_uuid="GPU-7"))
+    text = exposition(tmp_path)
+    for rank in (told, asked, unknown):
+        rank.end()
+    places = {
+        dict(labels)["run"]: dict(labels)["gpu_pci_bus_id"]
+        for name, labels in samples(text)
+        if name == "gradmon_rank_info"
+    }
+    assert places == {"told": "00000000:3B:00.0", "asked": "00000000:1B:00.0", "unknown": ""}
+
+
+def test_counted_seconds(directory):
+    text = exposition(directory)
+    assert value(text, "gradmon_busy_seconds_total", run="gpt", rank="1") == 12.5
+    assert value(text, "gradmon_data_wait_seconds_total", run="gpt", rank="1") == 0.25
+    assert value(text, "gradmon_data_wait_seconds_total", run="cpu", rank="0") is None
+
+
+#: NVLink, errors of gradmon itself, and what only some scripts have are not among them.
+SERIES_PER_RANK = 50
+
+
+def test_series_of_a_rank_are_few(tmp_path, monkeypatch):
+    """DESIGN says about 40; those of the run and of the host come once, whatever the number of ranks."""
+    ranks = [
+        FakeRank(tmp_path, identity(rank=r, world_size=2, gpu_uuid=f"GPU-{r}"), GPU, metrics={"level": "core"})
+        for r in range(2)
+    ]
+    simulate(ranks, 1, 40)
+    labels = [dict(labels) for _, labels in samples(exposition(tmp_path)) if dict(labels).get("rank") == "1"]
+    for rank in ranks:
+        rank.end()
+    assert 30 < len(labels) <= SERIES_PER_RANK
 
 
 def test_an_ended_run_leaves_after_a_while(tmp_path, monkeypatch):
@@ -230,7 +346,11 @@ def test_an_ended_run_leaves_after_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(exporter_module, "ENDED_SECONDS", -1.0)
     assert value(exposition(tmp_path), "gradmon_rank_up", run="demo", rank="0") == 1  # it lives, however old
     rank.end()
-    assert value(exposition(tmp_path), "gradmon_rank_up", run="demo", rank="0") is None
+    killed_rank(tmp_path, run="killed")
+    gone = exposition(tmp_path)
+    assert value(gone, "gradmon_rank_up", run="demo", rank="0") is None
+    assert value(gone, "gradmon_rank_up", run="killed", rank="0") is None
+    assert value(gone, "gradmon_agent_journals") == 2
 
 
 def test_two_instances_and_two_attempts_give_no_label_set_twice(tmp_path):
@@ -262,7 +382,11 @@ def test_openmetrics_for_those_who_ask(directory):
         for family in parse_openmetrics(text)
         for sample in family.samples
     }
-    assert found == samples(plain.decode())
+    ages = {name for name in METRICS_BY_NAME if name.endswith("_age_seconds")}
+    assert {k: v for k, v in found.items() if k[0] not in ages} == {
+        k: v for k, v in samples(plain.decode()).items() if k[0] not in ages
+    }
+    assert {name for name, _ in found} >= ages
 
 
 def test_awkward_names_survive(tmp_path):
@@ -277,8 +401,8 @@ def test_awkward_names_survive(tmp_path):
 def test_a_failing_rank_is_left_out_and_counted(directory, monkeypatch, caplog):
     honest = exporter_module._rank_samples
 
-    def failing(run, rank):
-        yield from honest(run, rank)
+    def failing(run, rank, gpus):
+        yield from honest(run, rank, gpus)
         if (run, rank.number) == ("gpt", 1):
             raise RuntimeError("broken on purpose")
 
@@ -290,18 +414,92 @@ def test_a_failing_rank_is_left_out_and_counted(directory, monkeypatch, caplog):
     assert "broken on purpose" in caplog.text
 
 
-def test_a_rendering_is_used_for_a_second(tmp_path, monkeypatch):
-    rank = FakeRank(tmp_path, identity()).step(record(1))
-    store = Store(tmp_path)
-    store.refresh()
-    exporter = Exporter(store)
-    first = exporter.render("")
-    rank.step(record(2))
-    store.refresh()
-    assert exporter.render("") == first
-    monkeypatch.setattr(exporter_module, "CACHE_SECONDS", 0.0)
-    assert value(exporter.render("")[0].decode(), "gradmon_steps_total", run="demo", rank="0") == 2
-    rank.end()
+class TestRendering:
+    @pytest.fixture
+    def rank(self, tmp_path):
+        rank = FakeRank(tmp_path, identity()).step(record(1))
+        yield rank
+        rank.end()
+
+    @pytest.fixture
+    def store(self, tmp_path, rank):
+        store = Store(tmp_path)
+        store.refresh()
+        return store
+
+    def steps(self, body: bytes) -> float | None:
+        return value(body.decode(), "gradmon_steps_total", run="demo", rank="0")
+
+    def test_it_is_used_again(self, rank, store, monkeypatch):
+        exporter = Exporter(store)
+        first = exporter.render("")
+        rank.step(record(2))
+        store.refresh()
+        assert exporter.render("") == first
+        assert exporter.ready("") == first
+        monkeypatch.setattr(exporter_module, "CACHE_SECONDS", 0.0)
+        assert exporter.ready("") is None
+        assert self.steps(exporter.render("")[0]) == 2
+
+    def test_what_was_asked_for_is_made_anew_by_who_reads(self, rank, store, monkeypatch):
+        exporter = Exporter(store)
+        assert exporter.ready("") is None
+        exporter.prepare()
+        assert self.steps(exporter.ready("")[0]) == 1, "asked for a moment ago"
+        rank.step(record(2))
+        store.refresh()
+        exporter.prepare()
+        assert self.steps(exporter.ready("")[0]) == 2
+        assert exporter.ready(OPENMETRICS) is None, "nobody has asked for it"
+        monkeypatch.setattr(exporter_module, "WANTED_SECONDS", -1.0)
+        before = exporter.ready("")
+        rank.step(record(3))
+        store.refresh()
+        exporter.prepare()
+        assert exporter.ready("") == before, "nobody asks any more"
+
+    def test_a_scrape_does_not_wait_for_who_reads(self, store):
+        """Nor for a rendering under way."""
+        exporter = Exporter(store)
+        exporter.render("")
+        holding, release = threading.Event(), threading.Event()
+
+        def hold():
+            with store.lock, exporter._format("")[0].lock:
+                holding.set()
+                release.wait(20)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        try:
+            assert holding.wait(20)
+            began = time.monotonic()
+            assert self.steps(exporter.ready("")[0]) == 1
+            assert time.monotonic() - began < 1
+        finally:
+            release.set()
+            thread.join()
+
+    def test_of_several_scrapes_at_once_one_renders(self, store, monkeypatch):
+        exporter = Exporter(store)
+        rendered = []
+        honest = exporter_module._run_samples
+
+        def slow(run, rank):
+            rendered.append(run.name)
+            time.sleep(0.2)
+            return honest(run, rank)
+
+        monkeypatch.setattr(exporter_module, "_run_samples", slow)
+        bodies = []
+        threads = [threading.Thread(target=lambda: bodies.append(exporter.render("")[0])) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert rendered == ["demo"]
+        assert len(bodies) == 4
+        assert len(set(bodies)) == 1
 
 
 def test_a_counter_of_a_newer_writer_is_left_out(tmp_path):

@@ -55,8 +55,8 @@ class Sampling:
 
     def served(self) -> dict[str, dict[tuple, float]]:
         return {
-            uuid: {(name, *labels): value for name, labels, value in readings}
-            for uuid, readings in self.sampler.newest().items()
+            uuid: {(name, *labels): value for name, labels, value in gpu.readings}
+            for uuid, gpu in self.sampler.newest().items()
         }
 
 
@@ -160,6 +160,15 @@ def test_what_a_gpu_does_not_support_is_absent_and_no_error(sampling, function, 
     names = {uuid: {key[0] for key in readings} for uuid, readings in served.items()}
     assert names[A] - names[B] == missing
     assert names[B] < names[A] if missing else names[B] == names[A]
+    assert one.errors["nvml"] == 0
+
+
+def test_where_a_gpu_is_plugged_in(sampling):
+    """With one that does not tell, and whose other numbers are there all the same."""
+    one = sampling(hopper(A), hopper(B, refuses={"nvmlDeviceGetPciInfo": NOT_SUPPORTED}))
+    served = one.round()
+    assert {uuid: gpu.pci_bus_id for uuid, gpu in one.sampler.newest().items()} == {A: "00000000:00:00.0", B: ""}
+    assert served[A].keys() == served[B].keys()
     assert one.errors["nvml"] == 0
 
 

@@ -9,13 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
 
 import pytest
-from fake_journals import ROOT, get, until
+from fake_journals import ROOT, FakeRank, get, identity, record, until
 
+from gradmon import cli
 from gradmon.agent import launch
-from gradmon.agent.launch import LOCK_NAME, AgentLock, agent_address, ensure_agent, wait_for_agent
+from gradmon.agent.launch import LOCK_NAME, AgentLock, AgentOptions, agent_address, ensure_agent, wait_for_agent
+from gradmon.agent.start import start_agent
+from gradmon.config import load
+from gradmon.log import Announcer
 
 HERE = Path(__file__).parent
 TRAIN = """
@@ -23,10 +28,10 @@ import os, sys, time
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from fake_journals import FakeRank, identity, record
-from gradmon.agent.launch import ensure_agent
+from gradmon.agent.launch import AgentOptions, ensure_agent
 directory = Path({directory!r})
 rank = FakeRank(directory, identity()).step(record(1))
-ensure_agent(directory, listen="127.0.0.1", port=0, linger_seconds={linger})
+ensure_agent(directory, AgentOptions(port=0, linger_seconds={linger}))
 {rest}
 """
 
@@ -46,6 +51,17 @@ def agents(directory: Path) -> list[int]:
             if b"gradmon" in words and str(directory).encode() in words:
                 found.append(int(process.name))
     return found
+
+
+class Listener(Announcer):
+    """Keeps what is said."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(0)
+        self.said = said
+
+    def once(self, message, level=0) -> None:
+        self.said.append(message)
 
 
 @pytest.fixture
@@ -101,18 +117,71 @@ def test_it_leaves_no_child_to_the_training_process(directory):
 
 def test_of_several_starters_one_agent_remains(directory):
     ensure = (
-        "import sys; from pathlib import Path; from gradmon.agent.launch import ensure_agent; "
-        "ensure_agent(Path(sys.argv[1]), listen='127.0.0.1', port=0, linger_seconds=30)"
+        "import sys; from pathlib import Path; from gradmon.agent.launch import AgentOptions, ensure_agent; "
+        "ensure_agent(Path(sys.argv[1]), AgentOptions(port=0, linger_seconds=30))"
     )
     starters = [subprocess.Popen([sys.executable, "-c", ensure, str(directory)], cwd=ROOT) for _ in range(3)]
     assert [starter.wait(60) for starter in starters] == [0, 0, 0]
     address = address_of(directory)
     until(lambda: len(agents(directory)) == 1)
     assert json.loads(get(address + "/healthz"))["pid"] == agents(directory)[0]
-    ensure_agent(directory, listen="127.0.0.1", port=0, linger_seconds=30)  # one more, now that it runs
+    ensure_agent(directory, AgentOptions(port=0, linger_seconds=30))  # one more, now that it runs
     time.sleep(0.2)
     assert len(agents(directory)) == 1
     assert agent_address(directory) == address
+
+
+def test_a_spawned_agent_serves_as_the_settings_say(directory, monkeypatch):
+    """Its files by whole paths, though they were given from another working directory than its own."""
+    monkeypatch.chdir(directory)
+    (directory / "token").write_text("secret")
+    (directory / "token").chmod(0o600)
+    agent = {"port": 0, "linger_seconds": 30, "token_file": "token", "sd_dir": "sd"}
+    said = []
+    start_agent(directory, load({"agent": agent, "archive": "kept"}, environ={}).config, Listener(said))
+    address = address_of(directory)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        get(address + "/metrics")
+    until(lambda: list((directory / "sd").glob("gradmon-*.json")))
+    assert (directory / "kept").is_dir()
+    until(lambda: said)
+    assert address in said[0]
+
+
+def test_every_option_of_an_agent_is_one_of_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr("gradmon.agent.run_agent", lambda directory, options: seen.append(options) or 0)
+    files = {
+        name: f"/f/{name}" for name in ("token_file", "basic_auth_file", "tls_cert", "tls_key", "sd_dir", "archive")
+    }
+    options = AgentOptions(listen="0.0.0.0", port=1234, linger_seconds=2.5, spawned=True, **files)
+    assert cli.main(["agent", "--dir", "/tmp", *options.arguments()]) == 0
+    assert cli.main(["agent", "--dir", "/tmp", *AgentOptions().arguments()]) == 0
+    assert seen == [options, AgentOptions()]
+
+
+def test_where_the_sites_agent_runs_no_other_is_started(directory, monkeypatch):
+    """In our folder of a directory that several users share; it can't delete what is old, so we do."""
+    ours = directory / "alice"
+    rank = FakeRank(ours, identity(instance="old")).step(record(1))
+    rank.end()
+    then = time.time() - 8 * 86400
+    for file in rank.path.parent.iterdir():
+        os.utime(file, (then, then))
+    monkeypatch.setattr("gradmon.identity._user_name", lambda: "alice")
+    monkeypatch.setattr("os.getuid", lambda: 4711)
+    lock = AgentLock(directory)
+    assert lock.take()
+    lock.write({"url": "http://node:1"})
+    said = []
+    try:
+        start_agent(ours, load(environ={}).config, Listener(said))
+        until(lambda: said)
+    finally:
+        lock.release()
+    assert "http://node:1" in said[0]
+    assert not (ours / "agent.log").exists()
+    assert not rank.path.exists()
 
 
 def test_it_starts_from_a_package_only_the_working_directory_knows(directory, monkeypatch):

@@ -42,9 +42,12 @@ def browse(browser):
     expected: list[str] = []
     contexts = contextlib.ExitStack()
 
-    def open_page(url: str, *, size=DESKTOP, scheme="light", scale=1, away=False) -> Page:
+    def open_page(url: str, *, size=DESKTOP, scheme="light", scale=1, away=False, login=None) -> Page:
         context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, device_scale_factor=scale
+            viewport={"width": size[0], "height": size[1]},
+            color_scheme=scheme,
+            device_scale_factor=scale,
+            http_credentials=login,  # what its user would type when asked
         )
         contexts.callback(context.close)
         page = context.new_page()
@@ -89,6 +92,19 @@ def shoot(page: Page, name: str) -> None:
 def point_at(page: Page, step: int, first: int, last: int, chart: int = 0) -> None:
     box = page.locator(".u-over").nth(chart).bounding_box()
     page.mouse.move(box["x"] + box["width"] * (step - first) / (last - first), box["y"] + box["height"] / 2)
+
+
+def test_it_works_behind_a_password(tmp_path, browse):
+    rank = FakeRank(tmp_path, identity("guarded"))
+    simulate([rank], 1, 100)
+    logins = tmp_path / "logins"
+    logins.write_text("ops:secret\n")
+    logins.chmod(0o600)
+    with AgentProcess(tmp_path, basic_auth_file=str(logins)) as agent:
+        page = browse(agent.address, login={"username": "ops", "password": "secret"})
+        drawn(page)
+        expect(page.locator("#name")).to_have_text("guarded")
+    rank.end()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import http.client
 import os
 import signal
 import socket
+import sqlite3
 import threading
+import time
 import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
@@ -145,8 +147,73 @@ def test_it_lingers_after_the_last_rank_and_ends(tmp_path):
     assert "no rank has lived for 0.3 s" in log
 
 
-def test_it_ends_if_no_rank_ever_comes(tmp_path):
+def test_one_started_by_hand_waits_for_the_first_rank(tmp_path):
+    """A sidecar is there long before its trainer; one that ended would be started again and again."""
     with AgentProcess(tmp_path, linger=0.2) as agent:
+        assert agent.address
+        with pytest.raises(AssertionError, match="still"):
+            until(lambda: agent.process.poll() is not None, timeout=1.5)
+        FakeRank(tmp_path, identity()).step(record(1)).end()  # too short for anybody to see it alive, perhaps
+        rank = FakeRank(tmp_path, identity(run="second"))
+        until(lambda: len(agent.json("/api/runs")["runs"]) == 2)
+        rank.end()
+        assert agent.wait()[0] == 0
+
+
+def test_a_sidecar_told_to_end_serves_on_for_its_linger_time(tmp_path):
+    rank = FakeRank(tmp_path, identity()).step(record(1))
+    with AgentProcess(tmp_path, linger=5, archive=str(tmp_path / "kept")) as agent:
+        until(lambda: steps(agent.get("/metrics")) == 1)
+        rank.step(record(2))
+        agent.process.send_signal(signal.SIGTERM)
+        rank.end()
+        began = time.monotonic()
+        until(lambda: steps(agent.get("/metrics")) == 2, timeout=4)  # the last values are scraped
+        until(lambda: 'gradmon_rank_finished{rank="0",run="demo"} 1.0' in agent.get("/metrics"), timeout=4)
+        until((tmp_path / "kept" / "demo" / "i1" / "0" / "rank-00000.db").exists, timeout=4)
+        code, log = agent.wait()
+    assert code == 0
+    assert 1.5 < time.monotonic() - began < 10
+    assert "told to end: serving on for 5 s; a second signal ends it now" in log
+
+
+def test_a_second_signal_and_ctrl_c_end_it_at_once(tmp_path):
+    with AgentProcess(tmp_path, linger=600) as agent:
+        assert agent.address
+        agent.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert agent.end(signal.SIGTERM)[0] == 0
+    with AgentProcess(tmp_path, linger=600) as agent:
+        assert agent.address
+        assert agent.end(signal.SIGINT)[0] == 0
+
+
+def test_a_spawned_one_ends_at_once_when_told(tmp_path):
+    with AgentProcess(tmp_path, linger=600, spawned=True) as agent:
+        assert agent.address
+        assert agent.end(signal.SIGTERM)[0] == 0
+
+
+def test_killed_and_day_old_runs_are_not_exported(tmp_path):
+    """Also by an agent that is started long after; the page still shows them."""
+    killed_rank(tmp_path, run="killed")
+    old = FakeRank(tmp_path, identity(run="old")).step(record(1))
+    old.end()
+    for run, age in (("killed", 3500), ("old", 90000)):
+        database = sqlite3.connect(tmp_path / run / "i1" / "0" / "rank-00000.db")
+        database.execute("UPDATE state SET value = value - ? WHERE key = 'beat_seconds'", (age,))
+        database.execute("UPDATE steps SET wall_seconds = wall_seconds - ?", (age,))
+        database.commit()
+        database.close()
+    with AgentProcess(tmp_path) as agent:
+        until(lambda: len(agent.json("/api/runs")["runs"]) == 2)
+        text = until(lambda: (t := agent.get("/metrics")) and 'run="killed"' in t and t)
+        assert 'gradmon_rank_up{rank="0",run="killed"} 0.0' in text, "for an hour it is said that it is gone"
+        assert 'run="old"' not in text
+
+
+def test_a_spawned_one_ends_if_no_rank_ever_comes(tmp_path):
+    with AgentProcess(tmp_path, linger=0.2, spawned=True) as agent:
         assert agent.wait()[0] == 0
 
 

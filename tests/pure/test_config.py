@@ -22,6 +22,8 @@ from gradmon.config import BackoffConfig, ClipConfig, Config, ConfigError, descr
         ({"clip": {"spike_ratio": float("nan")}}, r"clip.spike_ratio must be above 1 \(got nan\)"),
         ({"clip": {"max_norm": float("inf")}}, r"clip.max_norm must be above 0 \(got inf\)"),
         ({"agent": {"port": 70000}}, r"agent.port must be at least 0 and at most 65535 \(got 70000\)"),
+        ({"agent": {"token_file": 7}}, r"agent.token_file must be a text \(got 7\): file with the bearer tokens"),
+        ({"archive": ["a"]}, r"archive must be a text \(got \['a'\]\): directory that outlives the node's"),
         ({"agent": {"port": True}}, r"agent.port must be a whole number \(got True\)"),
         ({"run": 7}, r"run must be a text \(got 7\)"),
         ({"metrics": {"level": "all"}}, r"metrics.level must be one of core \| layers \| params \(got 'all'\)"),
@@ -58,6 +60,12 @@ def test_order_is_argument_environment_file_preset(tmp_path: Path) -> None:
     assert loaded.origins["backoff.rewarm"] == "default"
     assert load({"run": "mine"}, environ={"GRADMON_RUN": "theirs"}).config.run == "mine"
     assert load(file, environ={"GRADMON_RUN": "theirs"}).config.run == "theirs"
+
+
+def test_files_of_the_agent_can_be_named_in_the_environment() -> None:
+    environ = {"GRADMON_AGENT__TOKEN_FILE": "/run/token", "GRADMON_AGENT__SD_DIR": "/sd", "GRADMON_ARCHIVE": "/kept"}
+    config = load(environ=environ).config
+    assert (config.agent.token_file, config.agent.sd_dir, config.archive) == ("/run/token", "/sd", "/kept")
 
 
 def test_finished_config_is_taken_as_it_is() -> None:

@@ -134,10 +134,68 @@ def test_a_shared_directory_must_be_private(tmp_path: Path) -> None:
         identity._prepare_shared(path)
 
 
+class TestSharedDirectory:
+    """Another user's directory; tests/agent/test_users.py has real other users."""
+
+    @pytest.fixture
+    def shared(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Made by this user, who then becomes another one."""
+        (tmp_path / "agent.lock").touch()
+        tmp_path.chmod(0o3770)
+        monkeypatch.setattr(identity, "_user_name", lambda: "alice")
+        monkeypatch.setattr(os, "getuid", lambda: 4711)
+        return tmp_path
+
+    def test_ours_is_a_folder_in_it(self, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(
+            DirectoryError, match=r"alice belongs to another user \(uid \d+\); remove it, or set GRADMON_DIR"
+        ):
+            choose_directory(str(shared), {})  # a folder made by whom we really are
+        assert identity.agent_directory(str(shared), {}) == shared, "an agent serves all of it"
+        monkeypatch.undo()
+        assert choose_directory(str(shared), {}) == shared, "one's own needs no folder"
+
+    def test_the_system_directory_comes_first(self, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(identity, "SYSTEM_DIRECTORY", shared)
+        assert identity.agent_directory(None, {"HOME": "/nonexistent"}) == shared
+
+    def test_it_is_shared_only_where_an_agent_has_served_it(
+        self, shared: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """/scratch/alice is alice's own, whoever owns /scratch."""
+        (shared / "alice").mkdir()
+        (shared / "bob").mkdir()
+        assert identity.shared_root(shared / "alice") == shared
+        assert identity.shared_root(shared / "bob") is None
+        (shared / "agent.lock").unlink()
+        assert identity.shared_root(shared / "alice") is None
+        (shared / "agent.lock").touch()
+        monkeypatch.undo()
+        assert identity.shared_root(shared / "alice") is None, "our own directory"
+
+    def test_names_are_claimed_among_all_users(self, shared: Path) -> None:
+        lock = shared / "bob" / "job" / "theirs" / "0" / "rank-00000.lock"
+        lock.parent.mkdir(parents=True)
+        (shared / "alice").mkdir()
+        held = hold_lock(lock)
+        assert claim_run(shared / "alice", "job", "mine") == "job~2"
+        assert (shared / "alice" / "job~2" / "mine").is_dir()
+        drop_lock(held)
+        assert claim_run(shared / "alice", "job", "later") == "job"
+
+    def test_the_claim_opens_what_another_user_locked_and_made(self, shared: Path) -> None:
+        (shared / "alice").mkdir()
+        claim_run(shared / "alice", "job", "one")
+        assert (shared / ".claims.lock").stat().st_mode & 0o777 == 0o644
+        (shared / ".claims.lock").chmod(0o444)
+        assert claim_run(shared / "alice", "job", "two") == "job~2"
+
+
 def test_where_the_page_is() -> None:
     assert page_hint("http://127.0.0.1:1/", {}) == "http://127.0.0.1:1/"
     assert "ssh -L 1:127.0.0.1:1 " in page_hint("http://127.0.0.1:1", {"SSH_CONNECTION": "x"})
     assert "kubectl port-forward pod/" in page_hint("http://127.0.0.1:1", {"KUBERNETES_SERVICE_HOST": "x"})
+    assert "open https://127.0.0.1:1)" in page_hint("https://pod:1", {"KUBERNETES_SERVICE_HOST": "x"})
 
 
 def test_linger() -> None:
