@@ -1,5 +1,6 @@
 # The agent: it reads the journals of the ranks on its node and serves them. It needs no torch and no GPU.
-FROM python:3.13-slim AS build
+#   docker build -t gradmon-agent:0.1.0 .
+FROM python:3.13.16-slim-trixie AS build
 WORKDIR /src
 RUN python -m venv --without-pip /opt/gradmon
 # pyproject.toml stays the only list of dependencies; torch, the one that is left out, is what the ranks need.
@@ -10,20 +11,24 @@ COPY LICENSE README.md ./
 COPY gradmon gradmon
 RUN pip --python /opt/gradmon install --no-cache-dir --no-deps .
 
-FROM python:3.13-slim
+FROM python:3.13.16-slim-trixie
 LABEL org.opencontainers.image.title="gradmon agent" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/gradmon /opt/gradmon
-# A number, so that Kubernetes can check runAsNonRoot; journals of another user need that user's (or group's) id.
+# A number, so that Kubernetes can check runAsNonRoot. Who shares the volume writes in the group, which the agent reads.
 RUN groupadd --gid 10855 gradmon \
     && useradd --uid 10855 --gid 10855 --no-create-home --shell /usr/sbin/nologin gradmon \
-    && install -d -o gradmon -g gradmon -m 0755 /var/lib/gradmon
+    && install -d -o gradmon -g gradmon -m 3770 /var/lib/gradmon \
+    && install -d -o gradmon -g gradmon -m 0750 /var/lib/gradmon-archive
 ENV PATH=/opt/gradmon/bin:$PATH \
+    GRADMON_DIR=/var/lib/gradmon \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 10855:10855
 EXPOSE 10855
+# Asks where the agent says it listens, whatever address, port and scheme that is; /healthz wants no credentials, and
+# the certificate's names are for others. An agent with another directory: set GRADMON_DIR rather than --dir.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:10855/healthz', timeout=3)"]
+    CMD ["python", "-c", "import os, pathlib, ssl, urllib.request as r; from gradmon.agent import agent_address as a; r.urlopen(a(pathlib.Path(os.environ['GRADMON_DIR'])) + '/healthz', timeout=3, context=ssl._create_unverified_context())"]
 ENTRYPOINT ["gradmon"]
-CMD ["agent", "--listen", "0.0.0.0", "--dir", "/var/lib/gradmon"]
+CMD ["agent", "--listen", "0.0.0.0"]
