@@ -23,6 +23,7 @@ lint: ## format, lint and types, and the Dockerfile
 	$(bin)/python -m ruff check .
 	$(bin)/python -m mypy
 	$(bin)/hadolint Dockerfile
+	$(bin)/shellcheck deploy/slurm/train-with-gradmon.sbatch
 
 bench: ## what gradmon costs per training step
 	@.ci/bootstrap core

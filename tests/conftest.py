@@ -30,6 +30,21 @@ def promtool() -> str:
 
 
 @pytest.fixture(scope="session")
+def prometheus(promtool: str) -> str:
+    return _tool("prometheus")
+
+
+@pytest.fixture(scope="session")
+def alertmanager() -> str:
+    return _tool("prometheus-alertmanager", "alertmanager")
+
+
+@pytest.fixture(scope="session")
+def amtool() -> str:
+    return _tool("amtool")
+
+
+@pytest.fixture(scope="session")
 def chromium() -> str:
     return _tool("chromium", "chromium-browser", "google-chrome")
 

@@ -6,6 +6,7 @@ This side runs in the terminal: it starts the agent and torchrun, and reads the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,10 +19,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from gradmon import rules
 from gradmon.agent.launch import agent_address, wait_for_agent
 from gradmon.identity import choose_directory, page_hint
 from gradmon.journal import read_journal
 from gradmon.record import Event
+from gradmon.stack import ServerError, Stack, StackOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,10 @@ class DemoOptions:
     directory: str | None
     stay: bool
     """Keep the page up after the run, until Ctrl-C."""
+    stack: bool = False
+    """Run Prometheus, Alertmanager and Grafana with it."""
+    webhook: str | None = None
+    """Where the stack's alerts are to be sent too."""
 
 
 def run_demo(options: DemoOptions) -> int:
@@ -45,22 +52,35 @@ def run_demo(options: DemoOptions) -> int:
     if options.directory is None:
         directory = choose_directory(str(directory / "demo"), os.environ)  # never among the user's own runs
     agent = None
+    servers = contextlib.ExitStack()
     try:
         agent = _start_agent(directory, options)
+        if options.stack:
+            stack = servers.enter_context(_stack(directory, options))
+            print(f"{stack.describe()}\n", flush=True)
         result = Path(tempfile.mkdtemp(prefix="gradmon-demo-")) / "result.json"
         code = _train(directory, options, result)
         if code == 0:
             _report(json.loads(result.read_text()), options)
         if options.stay:
-            print(f"\nThe page stays up: {_address(directory)}   (Ctrl-C to end)", flush=True)
+            what = "The page and the servers stay" if options.stack else "The page stays"
+            print(f"\n{what} up: {_address(directory)}   (Ctrl-C to end)", flush=True)
             signal.pause()
     except KeyboardInterrupt:
         code = 130
+    except ServerError as error:
+        print(f"gradmon: {error}", file=sys.stderr)
+        code = 1
     finally:
+        servers.close()
         if agent is not None:
-            agent.terminate()
+            agent.send_signal(signal.SIGINT)  # at once; after SIGTERM it would linger
             agent.wait(timeout=10)
     return code
+
+
+def _stack(directory: Path, options: DemoOptions) -> Stack:
+    return Stack(StackOptions(directory / "stack", follow=(directory,), webhook=options.webhook, settings=rules.DEMO))
 
 
 def _start_agent(directory: Path, options: DemoOptions) -> subprocess.Popen[bytes] | None:

@@ -41,9 +41,9 @@ class Fault:
 
     @staticmethod
     def schedule(steps: int, ranks: int) -> Mapping[tuple[int, int], Fault]:
-        """By (rank, step): a corrupted batch, three NaN steps, six steps with a learning rate 30 times too high."""
+        """By (rank, step): four corrupted batches, three NaN steps, six steps with a learning rate 30 times too high."""
         victim = min(1, ranks - 1)
-        at = {(victim, steps // 4): Fault("corrupted")}
+        at = {(victim, steps // 4 + i): Fault("corrupted") for i in range(4)}
         at.update({(victim, steps * 45 // 100 + i): Fault("nan") for i in range(3)})
         glitch = steps * 70 // 100
         at.update({(rank, glitch + i): Fault("rate") for rank in range(ranks) for i in range(6)})
@@ -179,6 +179,9 @@ def train(args: argparse.Namespace) -> None:
             first_loss = loss.item()
         if rank == 0:
             progress.show(step, loss.detach())
+        if step % max(1, args.steps // 5) == 0:
+            with monitor.paused("validation"):  # gradmon: no step is expected here
+                monitor.observe(validation_loss=validate(model.module, held_out))  # gradmon
     journal = monitor.journal_path
     monitor.detach()  # gradmon
 
