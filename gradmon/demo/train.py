@@ -41,7 +41,7 @@ class Fault:
 
     @staticmethod
     def schedule(steps: int, ranks: int) -> Mapping[tuple[int, int], Fault]:
-        """By (rank, step): four corrupted batches, three NaN steps, six steps with a learning rate 30 times too high."""
+        """By (rank, step): four corrupted batches, three NaN steps, six steps at 30 times the learning rate."""
         victim = min(1, ranks - 1)
         at = {(victim, steps // 4 + i): Fault("corrupted") for i in range(4)}
         at.update({(victim, steps * 45 // 100 + i): Fault("nan") for i in range(3)})

@@ -30,7 +30,8 @@ FLOORS = {
 WITHIN = {
     "kernels": {"_triton_kernels"}, "stats": {"kernels"}, "rows": {"stats"}, "backward": {"rows", "stats"},
     "local": {"backward", "rows", "stats", "timing"}, "sharding": {"rows", "stats"}, "topology": {"local", "sharding"},
-    "measuring": {"backward", "local", "replicas", "rows", "sharding", "stats", "timing", "topology"}, "updates": {"stats"},
+    "measuring": {"backward", "local", "replicas", "rows", "sharding", "stats", "timing", "topology"},
+    "updates": {"stats"},
     "actions": {"detector", "stats"}, "stepping": {"actions", "detector", "measuring", "updates"},
     "landing": {"actions", "detector", "noise", "policy", "replicas", "rows", "stats", "stepping", "timing"},
     "guard": {"actions", "detector", "landing", "policy", "snapshot", "topology"},
