@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 from boards.queries import annotation_queries, ask, panel_queries, resolve
-from conftest import load
+from committed import load
 from simulate import SimulatedRun, backfill, broken_runs
 
 from gradmon.rules import DEMO, alert_rules, recording_rules

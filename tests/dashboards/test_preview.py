@@ -8,7 +8,7 @@ from pathlib import Path
 import draw
 import pytest
 from boards.queries import panels
-from conftest import NAMES, load
+from committed import NAMES, load
 from simulate import SimulatedRun, backfill
 
 from gradmon.stack.servers import start_prometheus

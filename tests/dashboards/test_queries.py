@@ -7,7 +7,7 @@ import re
 import promql_parser
 import pytest
 from boards.queries import annotation_queries, panel_queries, panels, put_in
-from conftest import NAMES
+from committed import NAMES
 
 from gradmon.metrics import METRICS_BY_NAME
 from gradmon.rules import ALERTS, recorded_names

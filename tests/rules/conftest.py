@@ -1,28 +1,14 @@
-"""Rule files as they are shipped, and promtool's answer to a test of them."""
+"""promtool's answer to a test of the rules."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from shipped import Check, rule_files
 from worlds import Value, input_series
-
-from gradmon.rules import SETTINGS, RuleSettings, alert_rules, recording_rules, target_rules
-
-
-def rule_files(directory: Path, settings: RuleSettings = SETTINGS) -> dict[str, Path]:
-    files = {}
-    for name, make in (("recording", recording_rules), ("alerts", alert_rules), ("targets", target_rules)):
-        files[name] = directory / f"gradmon-{name}.yml"
-        files[name].write_text(yaml.safe_dump(make(settings), sort_keys=False))
-    return files
-
-
-Check = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import Check
+from shipped import Check
 from worlds import GIB, Run, Value, fleet, input_series, ramp, step, text
 
 from gradmon.rules import ALERTS, THRESHOLDS

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from conftest import Check
+from shipped import Check
 from worlds import FOREVER, Run, Value, fleet, ramp, step
 
 #: Everything that fires, but the Watchdog.

@@ -10,7 +10,7 @@ import build
 import pytest
 from boards import BOARDS
 from boards.queries import panels
-from conftest import NAMES, ROOT, load
+from committed import NAMES, ROOT, load
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard

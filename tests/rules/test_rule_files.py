@@ -10,7 +10,7 @@ from typing import Any
 
 import promql_parser
 import pytest
-from conftest import rule_files
+from shipped import rule_files
 
 from gradmon import rules
 from gradmon.metrics import METRICS_BY_NAME
