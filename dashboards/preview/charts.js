@@ -200,14 +200,15 @@ function drawHeatmap(panel, box) {
   const low = wanted.min ?? Math.min(...values), high = wanted.max ?? Math.max(...values), step = series[0].step;
   const rows = panel.options.yAxis.reverse ? series : [...series].reverse();
   rows.forEach(({ points }, i) => {
-    const y = top + (i * (bottom - top)) / rows.length, h = (bottom - top) / rows.length;
+    // Edges on whole pixels: sharp, and the picture stays small.
+    const y = Math.round(top + (i * (bottom - top)) / rows.length);
+    const h = Math.round(top + ((i + 1) * (bottom - top)) / rows.length) - y;
     for (const [t, v] of points) {
       if (!Number.isFinite(v)) continue;
-      const x = left + ((t - DATA.start) / (DATA.end - DATA.start)) * (right - left);
-      const w = (step / (DATA.end - DATA.start)) * (right - left);
-      const from = Math.max(left, x), to = Math.min(right, x + w);
+      const place = (time) => left + Math.round(((time - DATA.start) / (DATA.end - DATA.start)) * (right - left));
+      const from = Math.max(left, place(t)), to = Math.min(right, place(t + step));
       ctx.fillStyle = heatColor(wanted.scheme, high > low ? (v - low) / (high - low) : 0.5);
-      if (to > from) ctx.fillRect(from, y, to - from + 0.6, h > 7 ? h - 1 : h + 0.5);
+      if (to > from) ctx.fillRect(from, y, to - from, h > 7 ? h - 1 : h);
     }
   });
   rowNames(ctx, rows.map(({ name }) => name), left, top, bottom - top);

@@ -65,12 +65,19 @@ def living_ranks(expression: str) -> str:
     return f"({expression}) and on (cluster, instance, run) gradmon_world_size"
 
 
-def named(expression: str, kinds: str) -> str:
+def named(expression: str, kinds: str, otherwise: str = "") -> str:
     """Put rank, parameter and kind of the newest incident of these kinds on an expression by (cluster, run).
 
-    "unknown" where there is none, so that the alert fires whatever is known.
+    "unknown" where there is none, so that the alert fires whatever is known. `otherwise` is what comes before that: a
+    spike that turns into NaN within one scrape is only known by the NaN.
     """
-    incident = f'topk by ({RUN}) (1, run:gradmon_incident:timestamp_seconds{{kind=~"{kinds}"}})'
+    incident, *rest = (
+        f'topk by ({RUN}) (1, run:gradmon_incident:timestamp_seconds{{kind=~"{kind}"}})'
+        for kind in (kinds, otherwise)
+        if kind
+    )
+    for other in rest:
+        incident = f"{incident} or on ({RUN}) {other}"
     unknown = expression
     for label in ("rank", "parameter", "kind"):
         unknown = f'label_replace({unknown}, "{label}", "unknown", "", "")'
