@@ -75,12 +75,12 @@ def _gradients() -> Sequence[Any]:
             Query(grown(f"gradmon_events_total{{{RUN}}}", "kind"), "{{kind}}"), bars=True, height=7),
         grid("Newest incident", "The rank and the parameter that broke first, last time: the place to look.",
             Column("Kind", f"max by (cluster, run, rank, parameter, kind) (gradmon_last_incident_info{{{RUN}}})",
-                label="kind", hidden=True, width=90),
-            Column("Rank", label="rank", width=60),
+                label="kind", hidden=True, width=75),
+            Column("Rank", label="rank", width=50),
             Column("Parameter", label="parameter"),
-            Column("Step", f"max {BY_RUN} (gradmon_last_incident_step{{{RUN}}})", unit="none", decimals=0, width=80),
+            Column("Step", f"max {BY_RUN} (gradmon_last_incident_step{{{RUN}}})", unit="none", decimals=0, width=60),
             Column("When", f"max {BY_RUN} (gradmon_last_incident_timestamp_seconds{{{RUN}}}) * 1000",
-                unit="dateTimeFromNow", width=130),
+                unit="dateTimeFromNow", width=125),
             sort="When", width=8, height=7),
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ from gradmon.stack.servers import Server, ServerError, start_prometheus, write_y
 RANKS_PER_NODE = 8
 #: What must hold at the largest size.
 RULE_SECONDS, PANEL_SECONDS, PANEL_SERIES = 1.0, 2.0, 100
-#: A dashboard's range, and the step Grafana takes for it on a wide screen with a scrape every 5 s or 15 s.
+#: A dashboard's range, and the least step Grafana takes for it; a panel that asks for fewer points has a larger one.
 SHOWN_SECONDS, STEP_SECONDS = 3600.0, 15.0
 #: Prometheus takes samples of the last hour into its head; most rules look back half as far.
 HISTORY_SECONDS, RULES_SECONDS = 3300.0, 2100.0
@@ -247,7 +247,8 @@ def _ask_panels(prometheus: Server) -> Iterator[Panel]:
                 if query.instant:
                     series = prometheus.query(query.expr, end)
                 else:
-                    series = prometheus.query_range(query.expr, end - SHOWN_SECONDS, end, STEP_SECONDS)
+                    step = max(STEP_SECONDS, SHOWN_SECONDS / (query.points or 1000))
+                    series = prometheus.query_range(query.expr, end - SHOWN_SECONDS, end, step)
                 yield Panel(name, len(series), time.perf_counter() - begin)
             except ServerError as error:
                 yield Panel(name, 0, time.perf_counter() - begin, str(error))

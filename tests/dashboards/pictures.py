@@ -24,7 +24,7 @@ from simulate import FleetServer, SimulatedRun, backfill, broken_runs  # noqa: E
 from gradmon.rules import SETTINGS, alert_rules, recording_rules, target_rules  # noqa: E402
 from gradmon.stack.servers import start_prometheus, write_yaml  # noqa: E402
 
-SHOWN = 3300.0
+SHOWN, AHEAD = 3300.0, 25.0
 #: Fault of tests/fleet -> name of a run that has it.
 BROKEN = {"explodes": "vit-h14", "slow": "mixtral-8x7b", "learns-nothing": "whisper-s"}
 
@@ -41,11 +41,10 @@ def _runs(now: float) -> list[SimulatedRun]:
         SimulatedRun("llama-7b", nodes=2, scenario=Scenario(changes, told.incidents), start=begin),
         SimulatedRun("gpt2-medium", ranks_per_node=4, start=now - 5000.0, seed=4, step_seconds=0.3),
     ]
-    for run in broken_runs(now - 420.0, start=begin):
-        if run.name in BROKEN:
-            runs.append(
-                SimulatedRun(BROKEN[run.name], ranks_per_node=4, scenario=run.scenario, start=begin, seed=run.seed)
-            )
+    faults = {run.name: run for run in broken_runs(now - 150.0, start=begin)}
+    for fault, name in BROKEN.items():
+        run = faults[fault]
+        runs.append(SimulatedRun(name, ranks_per_node=4, scenario=run.scenario, start=begin, seed=run.seed))
     return runs
 
 
@@ -60,7 +59,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gradmon-pictures-") as name:
         directory, now = Path(name), time.time()
         runs = _runs(now)
-        backfill(directory, now - SHOWN, now, 15.0, runs)
+        # A little beyond now: it takes seconds until the first scrape, and a gap would bend all rates.
+        backfill(directory, now - SHOWN, now + AHEAD, 15.0, runs)
         files = [write_yaml(directory / f"{key}.yml", make(SETTINGS)) for key, make in made.items()]
         with FleetServer(runs) as fleet:
             config = {
