@@ -166,6 +166,9 @@ def describe(run: Run, now: float) -> tuple[str, str]:
     living = [rank for rank in ranks.values() if rank.view.state in LIVING]
     if not living:
         return "finished", "the run has ended"
+    paused = next((rank.view.paused_for for rank in living if rank.view.paused_for), "")
+    if paused:
+        return "busy", f"no step is expected now: {paused}"
     if all(rank.step is None for rank in living):
         return "running", "attached, waiting for the first step"
     if "running" not in by_state:

@@ -390,3 +390,13 @@ class TestDescription:
         rank(rank=1, world_size=2).step(record(1)).end("exception", "RuntimeError: boom")
         state, sentence = describe(seen(tmp_path).find("demo"), time.time())
         assert (state, sentence) == ("failed", "rank 1 ended after step 1 with RuntimeError: boom")
+
+    def test_a_pause_is_told_in_the_scripts_own_words(self, tmp_path, rank):
+        writer = rank().step(record(1)).writer
+        for what, expected in (
+            ("checkpoint", ("busy", "no step is expected now: checkpoint")),
+            ("", ("running", "making steps")),
+        ):
+            writer.keep(paused=float(bool(what)), paused_for=what)
+            assert writer.flush()
+            assert describe(seen(tmp_path).find("demo"), time.time()) == expected
