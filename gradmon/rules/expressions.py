@@ -29,24 +29,26 @@ def grown(counter: str, selector: str, window: str, by: str = RUN) -> str:
     )
 
 
-def grown_of_ranks(counter: str, window: str) -> str:
-    """The same for a counter per rank, by (cluster, run, rank): instant values only, as there may be 10,000 ranks.
+def grown_of_ranks(what: str, counter: str, window: str, *, own: bool = True) -> tuple[dict[str, str], str]:
+    """The same for a counter per rank, by (cluster, run, rank): a recording rule, and an expression that needs it.
 
-    Comparing with 0 leaves out nearly all ranks before anything is joined, which is what costs time. The second half
-    finds a rank that is above zero and was not at three moments before; they lie so that an agent's restart covers at
-    most one of them.
+    There may be 10,000 ranks, and nearly all of these counters are 0: the rule records the others once, and all
+    looking back is done on what it recorded. What it had not recorded at three moments is new; they lie so that an
+    agent's restart covers at most one of them.
+
+    Args:
+        what: names the recorded series.
+        counter: with its selector.
+        window: how far back.
+        own: True if the counter begins at 0 with the rank; one of the driver's may be older than the run.
     """
-    rank = f"{RUN}, rank"
-    grew = f"sum by ({rank}, instance) ((({counter} > 0) - ({counter} offset {window} > 0)) > 0)"
+    rank, record = f"{RUN}, rank", f"rank:gradmon_{what}:nonzero"
     before = (window, f"{seconds(window) + 120}s", _MEMORY)
-    unseen = " ".join(f"unless max by ({rank}) ({counter} offset {moment} > 0)" for moment in before)
-    return f"(max by ({rank}) ({grew}))\nor (max by ({rank}) ({counter} > 0) {unseen})"
-
-
-def growth(counter: str, window: str) -> str:
-    """By (cluster, run, rank), how much more a counter is than it was; what was not there before has not grown."""
-    rank = f"{RUN}, rank"
-    return f"max by ({rank}) (sum by ({rank}, instance) ({counter} - {counter} offset {window} > 0))"
+    new = record + "".join(f" unless {record} offset {moment}" for moment in before)
+    if not own:
+        new = f"({new}) and on ({RUN}) run:gradmon_ranks_up:count offset {window}"
+    grew = f"({record} - {record} offset {window} > 0)\nor ({new})"
+    return {"record": record, "expr": f"max by ({rank}) (sum by ({rank}, instance) ({counter} > 0))"}, grew
 
 
 def either(first: str, second: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradmon.rules.alert import Alert
-from gradmon.rules.expressions import RUN, grown, grown_of_ranks, growth, held, living_ranks, warm
+from gradmon.rules.expressions import RUN, grown, grown_of_ranks, held, living_ranks, warm
 from gradmon.rules.recording import THROTTLED
 from gradmon.rules.thresholds import JOB, RuleSettings
 from gradmon.rules.thresholds import THRESHOLDS as T
@@ -26,7 +26,7 @@ def rank_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             failed[1]["record"],
             "{{ $labels.run }}: rank {{ $labels.rank }} failed",
             "Rank {{ $labels.rank }} of run {{ $labels.run }} was the first to end by an exception or an exit code.",
-            needs=failed,
+            needs=(_DEAD, *failed),
             board=_RANKS_BOARD,
         ),
         Alert(
@@ -96,7 +96,8 @@ def resource_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
 
 def gradmon_alerts(_: RuleSettings) -> tuple[Alert, ...]:
     """gradmon itself, and the alert that always fires."""
-    unwell = held("unwell_rank", grown_of_ranks("gradmon_errors_total", "10m"))
+    errors, more_errors = grown_of_ranks("errors", "gradmon_errors_total", "10m")
+    unwell = held("unwell_rank", more_errors)
     return (
         Alert(
             "GradmonUnwell",
@@ -106,7 +107,7 @@ def gradmon_alerts(_: RuleSettings) -> tuple[Alert, ...]:
             "{{ $labels.run }}: gradmon itself fails on rank {{ $labels.rank }}",
             "A part of gradmon failed in rank {{ $labels.rank }} of run {{ $labels.run }}. Training goes on, but from "
             "now on gradmon may only watch it.",
-            needs=unwell,
+            needs=(errors, *unwell),
         ),
         Alert(
             "GradmonAgentUnwell",
@@ -160,15 +161,17 @@ def target_alerts(_: RuleSettings) -> tuple[Alert, ...]:
 
 def _failed() -> str:
     """Failed and not alive anywhere: a rank that was started again has not failed any more."""
-    return f"gradmon_rank_failed == 1\nunless on ({_RANK}) (gradmon_rank_up == 1)"
+    return f"gradmon_rank_failed == 1\nand on ({_RANK}) {_DEAD['record']}"
 
 
 def _gone() -> str:
     """Dead ranks on nodes where others of the run live: those of an older attempt on another node are not meant."""
     dead = "(gradmon_rank_up == 0 and on (cluster, instance, run) gradmon_world_size) + 1"
-    return f"{dead}\nunless on ({_RANK}) (gradmon_rank_finished == 1)\nunless on ({_RANK}) (gradmon_rank_up == 1)"
+    return f"{dead}\nand on ({_RANK}) {_DEAD['record']}\nunless on ({_RANK}) (gradmon_rank_finished == 1)"
 
 
+#: Ranks that live nowhere; few, so that what is asked of the dead is not joined with all ranks.
+_DEAD = {"record": "rank:gradmon_rank_up:dead", "expr": f"max by ({_RANK}) (gradmon_rank_up) == 0"}
 _PRESENT = {
     "record": "run:gradmon_ranks_present:count",
     "expr": f"sum by ({RUN}) (max by ({_RANK}) (gradmon_rank_up + gradmon_rank_finished))",
@@ -206,9 +209,11 @@ def _straggling() -> str:
 def _memory_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
     peak = "gradmon_gpu_memory_peak_allocated_bytes / gradmon_gpu_memory_capacity_bytes"
     full = held("full_gpu", living_ranks(f"{peak} > {T.gpu_memory_ratio}"))
-    many = f"({grown_of_ranks('gradmon_gpu_allocator_retries_total', settings.share_window)})"
-    retries = held("retrying_gpu", f"{many} >= {T.allocator_retries}")
-    ooms = held("gpu_without_memory", grown_of_ranks("gradmon_gpu_allocator_ooms_total", settings.share_window))
+    window = settings.share_window
+    flushes, more_flushes = grown_of_ranks("gpu_allocator_retries", "gradmon_gpu_allocator_retries_total", window)
+    retries = held("retrying_gpu", f"({more_flushes}) >= {T.allocator_retries}")
+    failures, more_failures = grown_of_ranks("gpu_allocator_ooms", "gradmon_gpu_allocator_ooms_total", window)
+    ooms = held("gpu_without_memory", more_failures)
     return (
         Alert(
             "GradmonGpuMemoryNearlyFull",
@@ -241,7 +246,7 @@ def _memory_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             "{{ $labels.run }}: the GPU allocator of rank {{ $labels.rank }} has to flush its cache",
             "{{ $value | humanize }} times within ten minutes rank {{ $labels.rank }} of run {{ $labels.run }} had to "
             "give memory back before it got some: slow, and the last stage before an out-of-memory error.",
-            needs=retries,
+            needs=(flushes, *retries),
             board=_GPU_BOARD,
         ),
         Alert(
@@ -252,7 +257,7 @@ def _memory_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             "{{ $labels.run }}: rank {{ $labels.rank }} ran out of GPU memory",
             "The allocator of rank {{ $labels.rank }} of run {{ $labels.run }} could not get memory. Unless the script "
             "caught it, the rank has ended.",
-            needs=ooms,
+            needs=(failures, *ooms),
             board=_GPU_BOARD,
         ),
         Alert(
@@ -281,10 +286,13 @@ def _leak() -> str:
 
 
 def _hardware_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
-    ecc = held("gpu_with_ecc_errors", growth('gradmon_gpu_ecc_errors_total{kind="uncorrected"}', settings.share_window))
+    window = settings.share_window
+    uncorrected = 'gradmon_gpu_ecc_errors_total{kind="uncorrected"}'
+    errors, more_errors = grown_of_ranks("gpu_ecc_errors", uncorrected, window, own=False)
+    ecc = held("gpu_with_ecc_errors", more_errors)
     throttled = held("throttled_gpu", living_ranks(f"{THROTTLED} == 1"))
-    links = growth("gradmon_gpu_nvlink_errors_total", settings.share_window)
-    nvlink = held("gpu_with_link_errors", f"{links} > {T.nvlink_errors}")
+    links, more_links = grown_of_ranks("gpu_nvlink_errors", "gradmon_gpu_nvlink_errors_total", window, own=False)
+    nvlink = held("gpu_with_link_errors", f"({more_links}) > {T.nvlink_errors}")
     return (
         Alert(
             "GradmonGpuEccErrors",
@@ -294,7 +302,7 @@ def _hardware_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             "{{ $labels.run }}: memory errors of the GPU of rank {{ $labels.rank }}",
             "The GPU of rank {{ $labels.rank }} of run {{ $labels.run }} had {{ $value | humanize }} memory errors "
             "that can't be corrected. The rank has probably ended.",
-            needs=ecc,
+            needs=(errors, *ecc),
             board=_GPU_BOARD,
         ),
         Alert(
@@ -317,7 +325,7 @@ def _hardware_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             "{{ $labels.run }}: NVLink errors at the GPU of rank {{ $labels.rank }}",
             "{{ $value | humanize }} NVLink errors within ten minutes at the GPU of rank {{ $labels.rank }} of run "
             "{{ $labels.run }}. They were repaired, but a link with many is slow and may fail.",
-            needs=nvlink,
+            needs=(links, *nvlink),
             board=_GPU_BOARD,
         ),
     )

@@ -155,7 +155,8 @@ def remedy_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
 
 def loss_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
     """The loss, and whether the weights are fit to be kept."""
-    lost = held("nonfinite_loss", grown_of_ranks("gradmon_nonfinite_losses_total", settings.event_window))
+    losses, more_losses = grown_of_ranks("nonfinite_losses", "gradmon_nonfinite_losses_total", settings.event_window)
+    lost = held("nonfinite_loss", more_losses)
     return (
         Alert(
             "GradmonLossNotFinite",
@@ -164,7 +165,7 @@ def loss_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             lost[1]["record"],
             "{{ $labels.run }}: the loss is NaN or Inf on rank {{ $labels.rank }}",
             "Rank {{ $labels.rank }} of run {{ $labels.run }} observed a loss that is NaN or Inf.",
-            needs=lost,
+            needs=(losses, *lost),
         ),
         Alert(
             "GradmonLossNotDecreasing",
