@@ -14,7 +14,7 @@ from gradmon.rules.thresholds import SETTINGS, RuleSettings
 _RANK = f"{RUN}, rank"
 #: GPUs that clock low for reasons of cooling or power supply; a power cap under full load is usual.
 THROTTLED = 'gradmon_gpu_throttled{reason=~"hw_.*|sw_thermal_slowdown"}'
-_QUANTILES = {"min": "0", "p25": "0.25", "median": "0.5", "p75": "0.75", "max": "1"}
+_QUANTILES = {"min": "0", "median": "0.5", "max": "1"}
 
 
 def recording_rules(settings: RuleSettings = SETTINGS) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _group(name: str, interval: str, rules: dict[str, str]) -> dict[str, Any]:
 
 def _ranks(settings: RuleSettings) -> dict[str, str]:
     window = settings.rate_window
-    per_step = f"/ (rate(gradmon_steps_total[{window}]) > 0)"
+    busy = f"max by ({_RANK}) (rate(gradmon_busy_seconds_total[{window}]) > 0)"
     waiting = living_ranks(f"rate(gradmon_data_wait_seconds_total[{window}])")
     paused = "(gradmon_paused == 1) and on (cluster, instance, run, rank) (gradmon_rank_up == 1)"
     return {
@@ -57,9 +57,8 @@ def _ranks(settings: RuleSettings) -> dict[str, str]:
         "run:gradmon_actions:rate": f"sum by ({RUN}, action, reason) (rate(gradmon_actions_total[{window}]))",
         "run:gradmon_last_step_age_seconds:min": f"min by ({RUN}) (gradmon_last_step_age_seconds)",
         "run:gradmon_heartbeat_age_seconds:max": f"max by ({RUN}) (gradmon_last_heartbeat_age_seconds)",
-        "rank:gradmon_step_busy_seconds:mean": (
-            f"max by ({_RANK}) (rate(gradmon_busy_seconds_total[{window}]) {per_step})"
-        ),
+        # All ranks of a run make the same steps.
+        "rank:gradmon_step_busy_seconds:mean": f"{busy} / on ({RUN}) group_left () (run:gradmon_steps:rate > 0)",
         "run:gradmon_step_busy_seconds:median": f"quantile by ({RUN}) (0.5, rank:gradmon_step_busy_seconds:mean)",
         "run:gradmon_step_busy_seconds:max": f"max by ({RUN}) (rank:gradmon_step_busy_seconds:mean)",
         "run:gradmon_straggler:ratio": (
@@ -76,8 +75,9 @@ def _resources() -> dict[str, str]:
     capacity = "gradmon_gpu_memory_capacity_bytes"
     rules = {f"run:{capacity}:min": f"min by ({RUN}) ({capacity})"}
     for what in ("allocated", "reserved", "peak_allocated"):
-        ratio = living_ranks(f"gradmon_gpu_memory_{what}_bytes / {capacity}")
-        rules[f"run:gradmon_gpu_memory_{what}_ratio:max"] = f"max by ({RUN}) ({ratio})"
+        # Of the smallest GPU, where they differ; dividing rank by rank takes twice as long.
+        most = f"max by ({RUN}) ({living_ranks(f'gradmon_gpu_memory_{what}_bytes')})"
+        rules[f"run:gradmon_gpu_memory_{what}_ratio:max"] = f"{most} / on ({RUN}) run:{capacity}:min"
     return {
         **rules,
         **_spread("gradmon_gpu_memory_allocated_bytes", "max"),
