@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ _MISSING = "is not installed: left out"
 _left_out: list[str] = []
 #: What only a GPU can show; no machine without one can run it, whatever is installed.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+#: The library that the dashboards are built with needs Python 3.11; what is built does not.
+_TOO_OLD = sys.version_info < (3, 11)
+collect_ignore += ["dashboards"] if _TOO_OLD else []
 
 
 def _tool(*names: str) -> str:
@@ -63,7 +67,11 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if collect_ignore:
+    if _TOO_OLD:
+        terminalreporter.line(
+            "tests/dashboards: building them needs Python 3.11, so these tests are not part of this run"
+        )
+    if "gpu" in collect_ignore:
         terminalreporter.line("tests/gpu: no CUDA device here, so these tests are not part of this run")
     if _left_out:
         terminalreporter.section("LEFT OUT FOR MISSING TOOLS", sep="!", red=True, bold=True)
