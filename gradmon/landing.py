@@ -17,6 +17,7 @@ from torch import Tensor
 from gradmon import stats
 from gradmon.actions import name_verdict
 from gradmon.detector import Limits
+from gradmon.measuring import Measured
 from gradmon.noise import NoiseScale
 from gradmon.policy import incident
 from gradmon.record import DETAIL_COLUMNS, STATISTICS, Detail, Event, StepRecord, finite
@@ -330,7 +331,7 @@ def land(
         comparable: see `StepContext`.
         updates: from `UpdateSample.ratios`, in steps in which it was due.
         with_details: whether to take statistics per parameter along.
-        noise: takes in the step if its rows are samples of one noise: of all ranks, and of one backward each.
+        noise: takes in a step whose rows are samples of one noise: of all ranks, of one backward each.
     """
     measured = step.measured
     context = StepContext(
@@ -358,14 +359,17 @@ def land(
         detail_due=step.detail_due,
         noise=noise if measured.synced_backwards == 1 and measured.shared else None,
     )
-    details = []
-    if with_details:
-        details.append(ParameterStatistics("global", HostCopy(measured.stats_QK), measured.numbers))
-    if with_details and measured.local is not None:
-        details.append(ParameterStatistics("local", HostCopy(measured.local[0]), measured.local[1]))
+    details = _details_of(measured) if with_details else []
     ratios_P, ratio = (None, None) if updates is None else updates
     vector = HostCopy(pack(step, ratio))
     return LandingStep(vector, context, details, None if ratios_P is None else HostCopy(ratios_P))
+
+
+def _details_of(measured: Measured) -> list[ParameterStatistics]:
+    details = [ParameterStatistics("global", HostCopy(measured.stats_QK), measured.numbers)]
+    if measured.local is not None:
+        details.append(ParameterStatistics("local", HostCopy(measured.local[0]), measured.local[1]))
+    return details
 
 
 def _root(sum_of_squares: float) -> float:

@@ -15,9 +15,12 @@ _RANKS_BOARD, _GPU_BOARD, _FLEET_BOARD = "gradmon-ranks", "gradmon-gpu", "gradmo
 
 def rank_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
     """Ranks that failed, are gone, frozen or slow, and runs that make no steps."""
+    return (*_lost_alerts(settings), *_pace_alerts())
+
+
+def _lost_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
     failed, silent = held("failed_rank", _failed()), held("silent_rank", _gone())
     frozen = held("frozen_rank", f"gradmon_last_heartbeat_age_seconds > {T.heartbeat_age_seconds:g}")
-    slow = held("slow_rank", _straggling())
     return (
         Alert(
             "GradmonRankFailed",
@@ -53,6 +56,12 @@ def rank_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             needs=frozen,
             board=_RANKS_BOARD,
         ),
+    )
+
+
+def _pace_alerts() -> tuple[Alert, ...]:
+    slow = held("slow_rank", _straggling())
+    return (
         Alert(
             "GradmonRunStuck",
             "page",
@@ -260,18 +269,6 @@ def _memory_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             needs=(failures, *ooms),
             board=_GPU_BOARD,
         ),
-        Alert(
-            "GradmonHostMemoryNearlyFull",
-            "ticket",
-            "slow",
-            "min by (cluster, host) (gradmon_host_memory_available_bytes / gradmon_host_memory_capacity_bytes)"
-            f" < {T.host_memory_available_ratio}",
-            "{{ $labels.host }}: only {{ $value | humanizePercentage }} of the memory is left",
-            "Host {{ $labels.host }} has {{ $value | humanizePercentage }} of its memory left. When it is used up, the "
-            "kernel kills a process, often a rank.",
-            wait="5m",
-            board=_GPU_BOARD,
-        ),
     )
 
 
@@ -326,6 +323,18 @@ def _hardware_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             "{{ $value | humanize }} NVLink errors within ten minutes at the GPU of rank {{ $labels.rank }} of run "
             "{{ $labels.run }}. They were repaired, but a link with many is slow and may fail.",
             needs=(links, *nvlink),
+            board=_GPU_BOARD,
+        ),
+        Alert(
+            "GradmonHostMemoryNearlyFull",
+            "ticket",
+            "slow",
+            "min by (cluster, host) (gradmon_host_memory_available_bytes / gradmon_host_memory_capacity_bytes)"
+            f" < {T.host_memory_available_ratio}",
+            "{{ $labels.host }}: only {{ $value | humanizePercentage }} of the memory is left",
+            "Host {{ $labels.host }} has {{ $value | humanizePercentage }} of its memory left. When it is used up, the "
+            "kernel kills a process, often a rank.",
+            wait="5m",
             board=_GPU_BOARD,
         ),
     )

@@ -15,6 +15,10 @@ _OBSERVED = '{mode="observe"}'
 
 def gradient_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
     """Explosions, NaN and Inf, skipped steps, vanishing."""
+    return (*_step_alerts(settings), *_streak_alerts(settings))
+
+
+def _step_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
     window = settings.event_window
     return (
         *_explosion(settings),
@@ -50,6 +54,12 @@ def gradient_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             "{{ $value | humanizePercentage }} of the last steps of run {{ $labels.run }} had NaN or Inf gradients: it "
             "burns GPU time and learns little. It began on " + _WHERE + ".",
         ),
+    )
+
+
+def _streak_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
+    window = settings.event_window
+    return (
         Alert(
             "GradmonSkipStreak",
             "ticket",

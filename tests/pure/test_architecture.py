@@ -33,7 +33,8 @@ WITHIN = {
     "measuring": {"backward", "local", "replicas", "rows", "sharding", "stats", "timing", "topology"},
     "updates": {"stats"},
     "actions": {"detector", "stats"}, "stepping": {"actions", "detector", "measuring", "updates"},
-    "landing": {"actions", "detector", "noise", "policy", "replicas", "rows", "stats", "stepping", "timing"},
+    "landing": {"actions", "detector", "measuring", "noise", "policy", "replicas", "rows", "stats", "stepping",
+                "timing"},
     "guard": {"actions", "detector", "landing", "policy", "snapshot", "topology"},
     "scaler": {"topology"}, "losses": {"landing"}, "layers": {"record"}, "cli": {"demo", "stack"}, "demo": {"stack"},
 }  # fmt: skip
