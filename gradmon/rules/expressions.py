@@ -46,7 +46,7 @@ def grown_of_ranks(what: str, counter: str, window: str, *, own: bool = True) ->
     before = (window, f"{seconds(window) + 120}s", _MEMORY)
     new = record + "".join(f" unless {record} offset {moment}" for moment in before)
     if not own:
-        new = f"({new}) and on ({RUN}) run:gradmon_ranks_up:count offset {window}"
+        new = f"({new}) and on ({RUN}) gradmon_world_size offset {window}"
     grew = f"({record} - {record} offset {window} > 0)\nor ({new})"
     return {"record": record, "expr": f"max by ({rank}) (sum by ({rank}, instance) ({counter} > 0))"}, grew
 
