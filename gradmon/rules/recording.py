@@ -14,7 +14,6 @@ from gradmon.rules.thresholds import SETTINGS, RuleSettings
 _RANK = f"{RUN}, rank"
 #: GPUs that clock low for reasons of cooling or power supply; a power cap under full load is usual.
 THROTTLED = 'gradmon_gpu_throttled{reason=~"hw_.*|sw_thermal_slowdown"}'
-_QUANTILES = {"min": "0", "median": "0.5", "max": "1"}
 
 
 def recording_rules(settings: RuleSettings = SETTINGS) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def _ranks(settings: RuleSettings) -> dict[str, str]:
         ),
         "run:gradmon_data_wait_ratio:median": f"quantile by ({RUN}) (0.5, {waiting})",
         **_spread("gradmon_step_duration_seconds", "median", "max"),
-        **_spread("gradmon_local_grad_norm", *_QUANTILES),
+        **_spread("gradmon_local_grad_norm", "min", "median", "max"),
         **_spread("gradmon_loss", "min", "max"),
     }
 
@@ -76,7 +75,7 @@ def _resources() -> dict[str, str]:
     rules = {f"run:{capacity}:min": f"min by ({RUN}) ({capacity})"}
     for what in ("allocated", "reserved", "peak_allocated"):
         # Of the smallest GPU, where they differ; dividing rank by rank takes twice as long.
-        most = f"max by ({RUN}) ({living_ranks(f'gradmon_gpu_memory_{what}_bytes')})"
+        most = _over_living("max", f"gradmon_gpu_memory_{what}_bytes")
         rules[f"run:gradmon_gpu_memory_{what}_ratio:max"] = f"{most} / on ({RUN}) run:{capacity}:min"
     return {
         **rules,
@@ -84,16 +83,18 @@ def _resources() -> dict[str, str]:
         **_spread("gradmon_gpu_utilisation_ratio", "min", "median"),
         **_spread("gradmon_gpu_temperature_celsius", "max"),
         **_spread("gradmon_process_resident_memory_bytes", "max"),
-        "run:gradmon_gpu_power_watts:sum": f"sum by ({RUN}) ({living_ranks('gradmon_gpu_power_watts')})",
+        "run:gradmon_gpu_power_watts:sum": _over_living("sum", "gradmon_gpu_power_watts"),
         "run:gradmon_gpus_throttled:count": f"count by ({RUN}) (rank:gradmon_throttled_gpu:bad)",
     }
 
 
-def _spread(metric: str, *quantiles: str) -> dict[str, str]:
-    """Quantiles over the living ranks: a handful of lines instead of one per rank."""
-    aggregations = {"min": "min by ({by}) (", "max": "max by ({by}) ("}
-    return {
-        f"run:{metric}:{name}": aggregations.get(name, "quantile by ({by}) ({q}, ").format(by=RUN, q=_QUANTILES[name])
-        + f"{living_ranks(metric)})"
-        for name in quantiles
-    }
+def _spread(metric: str, *combinations: str) -> dict[str, str]:
+    """A few lines per run instead of one per rank."""
+    return {f"run:{metric}:{name}": _over_living(name, metric) for name in combinations}
+
+
+def _over_living(what: str, expression: str) -> str:
+    """min, max, sum or median over the living ranks of a run. All but the last first per node: there are fewer."""
+    if what == "median":
+        return f"quantile by ({RUN}) (0.5, {living_ranks(expression)})"
+    return f"{what} by ({RUN}) ({living_ranks(f'{what} by (cluster, instance, run) ({expression})')})"
