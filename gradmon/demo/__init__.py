@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import FrameType
 
 from gradmon import rules
 from gradmon.agent.launch import agent_address, wait_for_agent
@@ -53,6 +54,7 @@ def run_demo(options: DemoOptions) -> int:
         directory = choose_directory(str(directory / "demo"), os.environ)  # never among the user's own runs
     agent = None
     servers = contextlib.ExitStack()
+    before = signal.signal(signal.SIGTERM, _terminated)  # what was started must not outlive us
     try:
         agent = _start_agent(directory, options)
         if options.stack:
@@ -72,11 +74,20 @@ def run_demo(options: DemoOptions) -> int:
         print(f"gradmon: {error}", file=sys.stderr)
         code = 1
     finally:
+        signal.signal(signal.SIGTERM, before)
         servers.close()
         if agent is not None:
             agent.send_signal(signal.SIGINT)  # at once; after SIGTERM it would linger
             agent.wait(timeout=10)
     return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """Ended by a signal that, unlike Ctrl-C, reached this process alone."""
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _stack(directory: Path, options: DemoOptions) -> Stack:
@@ -120,7 +131,9 @@ def _train(directory: Path, options: DemoOptions, result: Path) -> int:
     process = subprocess.Popen(command, env=environment)
     try:
         code = process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if isinstance(error, _Terminated):
+            process.terminate()
         process.wait()  # torchrun got the Ctrl-C too, and ends its workers
         raise
     if code == 0:
