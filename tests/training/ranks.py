@@ -48,7 +48,13 @@ class Ranks:
             if not pipe.poll(SECONDS):
                 self.stop()
                 raise RankError(f"rank {rank} did not answer within {SECONDS} s")
-            ok, value = pipe.recv()
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                self._processes[rank].join(10)
+                code = self._processes[rank].exitcode
+                self.stop()  # the next test gets new ones
+                raise RankError(f"rank {rank} ended with code {code} instead of answering") from None
             outcomes.append(value if ok else RankError(value))
         return outcomes
 
