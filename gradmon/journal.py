@@ -26,12 +26,12 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, SupportsFloat
+from typing import Any, Literal
 from urllib.parse import quote
 
 from gradmon.counting import CounterKey, count_event, count_step
 from gradmon.locks import drop_lock, hold_lock, is_held
-from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Detail, Event, RankIdentity, StepRecord
+from gradmon.record import EVENT_FIELDS, STEP_FIELDS, Detail, Event, Landing, RankIdentity, StepRecord, ValueCopy
 
 #: Written into `PRAGMA user_version`. A reader knows this one and two before it, and reports newer ones.
 #: 1: no details, and steps end with memory_bytes.
@@ -71,26 +71,6 @@ _PUT_COUNTER = "INSERT OR REPLACE INTO counters VALUES (?, ?, ?)"
 
 End = Literal["finished", "exception"]
 RankState = Literal["running", "busy", "stuck", "finished", "exception", "crashed"]
-
-
-class Landing(Protocol):
-    """A step on its way from the device to the host."""
-
-    def landed(self) -> bool:
-        """True once the values are readable without waiting."""
-
-    def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
-        """The step and what is to be told of it. Called once, on the writer's thread."""
-
-    def details(self) -> list[Detail]:
-        """Statistics of every parameter that go with this step. Called once, on the writer's thread, after record()."""
-
-
-class ValueCopy(Protocol):
-    """A number on its way from the device to the host."""
-
-    def values(self) -> SupportsFloat:
-        """The number, waiting for it if need be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +135,7 @@ class JournalWriter:
         self._uncommitted_pages = 0
         self._memory_bytes: int | None = None
         self._kept: dict[str, float | str] = {}
+        self._copies: list[tuple[str, ValueCopy]] = []
         self._next_beat = self._next_sample = 0.0
         self._end: tuple[End, str] = ("finished", "")
         meta = {"parameters": parameters, "elements": list(elements), "config": dict(config)}
@@ -190,14 +171,9 @@ class JournalWriter:
         self._queue.put({})  # wakes the writer
 
     def keep_copy(self, name: str, copy: ValueCopy) -> None:
-        """The same for a number on its way from the device; one that is not finite is passed over."""
-
-        def arrived() -> None:
-            value = float(copy.values())
-            if math.isfinite(value):
-                self.keep(**{name: value})
-
-        self.call("loss", arrived)
+        """The same for a loss on its way from the device, once it has landed; one that is not finite is counted."""
+        self._copies.append((name, copy))
+        self._queue.put({})
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything put so far is committed. False after `timeout` seconds."""
@@ -343,8 +319,19 @@ class JournalWriter:
             )
         return pages
 
+    def _take_copies(self) -> None:
+        """Never waits for one: a hung device must not stop the heartbeat."""
+        while self._copies and self._copies[0][1].landed():
+            name, copy = self._copies.pop(0)
+            value = float(copy.values())
+            if math.isfinite(value):
+                self.keep(**{name: value})
+            else:
+                self._add({("gradmon_nonfinite_losses_total", ()): 1})
+
     def _write_due(self, connection: sqlite3.Connection) -> None:
         """Heartbeat and resource sample, each when its time has come."""
+        self._take_copies()
         now = time.monotonic()
         if now >= self._next_sample:
             self._next_sample = now + SAMPLE_SECONDS

@@ -169,7 +169,7 @@ class Peeked:
 
 
 class LandingStep:
-    """One step between its end and its place in the journal. Implements `journal.Landing`."""
+    """One step between its end and its place in the journal. Implements `record.Landing`."""
 
     def __init__(
         self,

@@ -287,7 +287,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "steps",
         _RANK,
-        "Steps whose observed loss was NaN or Inf.",
+        "Steps whose observed loss was NaN or Inf, and validation losses that were.",
     ),
     Metric(
         "gradmon_last_step_age_seconds",

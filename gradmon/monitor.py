@@ -201,7 +201,8 @@ class Monitor:
                 self._measurer.observe(training)
                 self._losses.add(training, stepped=self._made > 0)
         if validation is not None and self._journal is not None:
-            self._journal.keep_copy("validation_loss", HostCopy(validation))
+            with self._guarded("loss"):
+                self._journal.keep_copy("validation_loss", HostCopy(validation))
 
     def paused(self, what: str = "evaluation") -> AbstractContextManager[None]:
         """`with monitor.paused("checkpoint"):` no step is expected inside, and no time counted.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, SupportsFloat
 
 Action = Literal["none", "rescale", "skip", "leave_out", "backoff", "rollback", "stop"]
 #: What one step can be.
@@ -150,6 +150,29 @@ class Detail:
     values: bytes
     """[P, len(DETAIL_COLUMNS)] float64 in this machine's byte order, unscaled; P in the order of the journal's
     `parameters`. A row of NaN is a parameter without a gradient."""
+
+
+class Landing(Protocol):
+    """A step on its way from the device to the host."""
+
+    def landed(self) -> bool:
+        """True once the values are readable without waiting."""
+
+    def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
+        """The step and what is to be told of it. Called once, on the writer's thread."""
+
+    def details(self) -> list[Detail]:
+        """Statistics of every parameter that go with this step. Called once, on the writer's thread, after record()."""
+
+
+class ValueCopy(Protocol):
+    """A number on its way from the device to the host."""
+
+    def landed(self) -> bool:
+        """True once it is readable without waiting."""
+
+    def values(self) -> SupportsFloat:
+        """The number, waiting for it if need be."""
 
 
 STEP_FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(StepRecord))

@@ -17,6 +17,7 @@ class Stamp:
     """A moment of a rank's work: by the host's clock on CPU; by an event on CUDA, where the host runs ahead."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._seconds = time.perf_counter()
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -70,7 +71,8 @@ class StepClock:
         now = time.monotonic()
         duration = None if self._end is None else max(0.0, now - self._end - self._paused)
         busy = None
-        if self._stamp is not None and ready is not None:
+        # Events of two devices can't be compared.
+        if self._stamp is not None and ready is not None and ready.device == self._stamp.device:
             busy = Busy(self._stamp, ready, self._paused)
         self._end, self._stamp, self._paused = now, Stamp(self._device), 0.0
         return duration, busy
@@ -99,6 +101,7 @@ class DataWatch:
         self._clock = clock
         self._thread = threading.get_ident()
         self._waited: float | None = None
+        self._waiting = False
         self._original: Any = None
         self._wrapper: Any = None
 
@@ -109,12 +112,15 @@ class DataWatch:
 
         @functools.wraps(original)
         def watched(iterator: Any) -> Any:
-            if self._wrapper is None or threading.get_ident() != self._thread or self._clock.paused:
+            elsewhere = threading.get_ident() != self._thread
+            # One that is waited for inside another's wait is part of it.
+            if self._wrapper is None or elsewhere or self._waiting or self._clock.paused:
                 return original(iterator)
-            began = time.perf_counter()
+            self._waiting, began = True, time.perf_counter()
             try:
                 return original(iterator)
             finally:
+                self._waiting = False
                 self._waited = (self._waited or 0.0) + time.perf_counter() - began
 
         self._wrapper = watched

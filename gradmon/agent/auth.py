@@ -28,7 +28,7 @@ logger = logging.getLogger("gradmon.agent")
 #: For probes, which bring no credentials; it tells nothing of a run.
 OPEN_PATHS = frozenset({"/healthz"})
 
-_Signature = tuple[int, int, int]
+_Signature = tuple[int, int, int, int]
 
 
 class _Watched:
@@ -51,18 +51,23 @@ class _Watched:
         self._errors = errors
         self._lock = threading.Lock()
         self._signature: _Signature | None = None
+        self._complaint = ""
         self._read()
 
     def refresh(self) -> None:
         """Read it again if it changed. What is no good leaves what was read before in force."""
-        with self._lock, contextlib.suppress(FileNotFoundError):  # for a moment, while somebody puts a new one there
-            if _signature(self._path) == self._signature:
-                return
+        with self._lock:
             try:
-                self._read()
+                if _signature(self._path) != self._signature:
+                    self._read()
+                self._complaint = ""
+            except FileNotFoundError:
+                pass  # for a moment, while somebody puts a new one there
             except (ValueError, OSError) as error:
-                self._errors["auth"] += 1
-                logger.warning("%s; what was read before stays in force", error)
+                if str(error) != self._complaint:  # once, not with every request
+                    self._complaint = str(error)
+                    self._errors["auth"] += 1
+                    logger.warning("%s; what was read before stays in force", error)
 
     def _read(self) -> None:
         # Before reading: what is written meanwhile is then read next time. A bad file is complained about once.
@@ -80,7 +85,7 @@ class _Watched:
 
 def _signature(path: Path) -> _Signature:
     status = path.stat()
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size  # ctime: also when modes change
 
 
 class Credentials:

@@ -54,7 +54,8 @@ def run_demo(options: DemoOptions) -> int:
         directory = choose_directory(str(directory / "demo"), os.environ)  # never among the user's own runs
     agent = None
     servers = contextlib.ExitStack()
-    before = signal.signal(signal.SIGTERM, _terminated)  # what was started must not outlive us
+    # What was started must not outlive us.
+    before = {number: signal.signal(number, _terminated) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         agent = _start_agent(directory, options)
         if options.stack:
@@ -74,7 +75,8 @@ def run_demo(options: DemoOptions) -> int:
         print(f"gradmon: {error}", file=sys.stderr)
         code = 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         servers.close()
         if agent is not None:
             agent.send_signal(signal.SIGINT)  # at once; after SIGTERM it would linger

@@ -178,7 +178,7 @@ def run_stack(options: StackOptions) -> int:
     def end(_number: int, _frame: FrameType | None) -> None:
         ending.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
     print("Starting " + ", ".join(name for name in PORTS if find_program(name)) + " ...", flush=True)
     try:

@@ -208,3 +208,70 @@ def test_the_validation_loss_is_kept_at_its_last_finite_value(directory: Path) -
     view = look(monitor)
     assert view.samples["validation_loss"] == 0.75
     assert [record.loss is not None for _, record in view.steps] == [True] * 3
+
+
+def test_a_validation_loss_that_is_not_finite_leaves_a_trace(directory: Path) -> None:
+    model, optimizer, monitor = attached(directory)
+    with monitor:
+        monitor.observe(loss=step(model, optimizer), validation_loss=1.5)
+        monitor.observe(validation_loss=torch.tensor(float("inf")))
+    view = look(monitor)
+    assert view.samples["validation_loss"] == 1.5
+    assert view.counters["gradmon_nonfinite_losses_total", ()] == 1
+
+
+class NeverLanding:
+    def landed(self) -> bool:
+        return False
+
+    def values(self) -> torch.Tensor:
+        raise AssertionError("nobody may wait for it")
+
+
+def test_a_device_that_hangs_stops_no_heartbeat(directory: Path) -> None:
+    model, optimizer, monitor = attached(directory)
+    with monitor:
+        assert monitor._journal is not None
+        monitor._journal.keep_copy("validation_loss", NeverLanding())
+        step(model, optimizer)
+        with monitor.paused("waiting"):
+            until(lambda: look(monitor).paused_for == "waiting")
+    assert "validation_loss" not in look(monitor).samples
+
+
+def test_a_copy_that_fails_is_no_failure_of_training(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, monitor = attached(directory)
+
+    def fail(_: object) -> None:
+        raise MemoryError("no pinned memory")
+
+    with monitor:
+        monitor.observe(loss=step(model, optimizer))
+        monkeypatch.setattr("gradmon.monitor.HostCopy", fail)
+        monitor.observe(validation_loss=1.0)
+        monkeypatch.undo()
+    assert look(monitor).counters["gradmon_errors_total", ("loss",)] == 1
+
+
+def test_a_loader_inside_a_loader_is_waited_for_once(directory: Path) -> None:
+    class Outer(Slow):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return next(iter(DataLoader(Slow(), batch_size=2)))[0]
+
+    model, optimizer, monitor = attached(directory)
+    with monitor:
+        began = time.perf_counter()
+        list(DataLoader(Outer(), batch_size=4))
+        took = time.perf_counter() - began
+        step(model, optimizer)
+    waited = look(monitor).counters[WAIT]
+    assert 12 * 0.02 <= waited <= took
+
+
+def test_stamps_of_two_devices_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    clock = StepClock(torch.device("cuda", 0))
+    clock.end_step(None)
+    assert clock.end_step(Stamp(torch.device("cuda", 1)))[1] is None
+    assert clock.end_step(Stamp(torch.device("cuda", 0)))[1] is not None
