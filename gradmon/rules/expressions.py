@@ -17,15 +17,16 @@ _MEMORY = "30m"
 def grown(counter: str, selector: str, window: str, by: str = RUN) -> str:
     """How much a counter labelled by run has grown in `window`; nothing where it has not.
 
-    increase() never sees a counter that is above zero when it is first scraped, hence the second half. It asks whether
-    the run's counter, from whatever instance, was seen before the window: an agent that restarts, even on another port,
-    brings no old events back.
+    increase() never sees a counter that is above zero when it is first scraped, hence the rest. It compares with what
+    the run's counter was before the window, from whatever instance: an agent that restarts, even on another port,
+    brings no old events back, and a run that comes back on another node is heard.
     """
     series = f"{counter}{{{selector}}}" if selector else counter
+    now, before = f"max by ({by}) ({series})", f"max by ({by}) (last_over_time({series}[{_MEMORY}] offset {window}))"
     return (
         f"(sum by ({by}) (increase({series}[{window}])) > 0)"
-        f"\nor (max by ({by}) ({series}) > 0"
-        f"\n    unless on ({by}) max by ({by}) (last_over_time({series}[{_MEMORY}] offset {window})))"
+        f"\nor ({now} > on ({by}) {before})"
+        f"\nor ({now} > 0 unless on ({by}) {before})"
     )
 
 
@@ -33,8 +34,8 @@ def grown_of_ranks(what: str, counter: str, window: str, *, own: bool = True) ->
     """The same for a counter per rank, by (cluster, run, rank): a recording rule, and an expression that needs it.
 
     There may be 10,000 ranks, and nearly all of these counters are 0: the rule records the others once, and all
-    looking back is done on what it recorded. What it had not recorded at three moments is new; they lie so that an
-    agent's restart covers at most one of them.
+    looking back is done on what it recorded, agent by agent: after a requeue two of them show a rank for an hour. What
+    it had not recorded at three moments is new; they lie so that an agent's restart covers at most one of them.
 
     Args:
         what: names the recorded series.
@@ -44,11 +45,14 @@ def grown_of_ranks(what: str, counter: str, window: str, *, own: bool = True) ->
     """
     rank, record = f"{RUN}, rank", f"rank:gradmon_{what}:nonzero"
     before = (window, f"{seconds(window) + 120}s", _MEMORY)
-    new = record + "".join(f" unless {record} offset {moment}" for moment in before)
-    if not own:
-        new = f"({new}) and on ({RUN}) gradmon_world_size offset {window}"
-    grew = f"({record} - {record} offset {window} > 0)\nor ({new})"
-    return {"record": record, "expr": f"max by ({rank}) (sum by ({rank}, instance) ({counter} > 0))"}, grew
+    # At an agent that had the run already; its rank's counter was 0.
+    began = record + "".join(f" unless {record} offset {moment}" for moment in before)
+    began = f"({began}) and on (cluster, instance, run) gradmon_world_size offset {window}"
+    grew = f"max by ({rank}) ((({record} - {record} offset {window}) > 0) or ({began}))"
+    if own:  # at a new agent; it may bring what another one has shown
+        born = f"max by ({rank}) ({record})" + "".join(f" unless on ({rank}) {record} offset {m}" for m in before)
+        grew = f"{grew}\nor ({born})"
+    return {"record": record, "expr": f"sum by ({rank}, instance) ({counter} > 0)"}, grew
 
 
 def either(first: str, second: str) -> str:
@@ -135,7 +139,7 @@ def incident_rules(settings: RuleSettings) -> list[dict[str, str]]:
                 f"(\n  {held} + on ({kind}) group_left () ({later} < {settings.episode})"
                 f"\n  or on ({kind}) {newest}"
                 f"\n  or on ({kind}) {held}\n)"
-                f"\n> time() - 2 * {seconds(settings.event_window)}"
+                f"\n> time() - {max(2 * seconds(settings.event_window), seconds(settings.lasting_window))}"
             ),
         },
     ]

@@ -69,7 +69,7 @@ def _pace_alerts() -> tuple[Alert, ...]:
             _stuck(),
             "{{ $labels.run }}: no step for {{ $value | humanizeDuration }}",
             "All ranks of run {{ $labels.run }} that are seen live, but none has finished a step for "
-            "{{ $value | humanizeDuration }}, and the script did not say that it pauses.",
+            "{{ $value | humanizeDuration }}, and the script did not say that it pauses, or has paused for hours.",
             wait="1m",
             board=_RANKS_BOARD,
         ),
@@ -204,6 +204,7 @@ def _stuck() -> str:
         f"\n  or\n  ({age} > {T.first_step_seconds:g}) unless on ({RUN}) {duration}\n)"
         # After a pause the age counts from before it, until the next step.
         f"\nunless on ({RUN}) (max_over_time(run:gradmon_ranks_paused:count[10m]) > 0)"
+        f"\nor on ({RUN}) ({age} > {T.paused_seconds:g})"
     )
 
 

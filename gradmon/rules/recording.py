@@ -21,7 +21,7 @@ def recording_rules(settings: RuleSettings = SETTINGS) -> dict[str, Any]:
     return {
         "groups": [
             _group("gradmon-ranks", settings.rank_interval, _ranks(settings)),
-            _group("gradmon-resources", settings.slow_interval, _resources()),
+            _group("gradmon-resources", settings.slow_interval, {**_pace(settings), **_resources()}),
         ]
     }
 
@@ -41,8 +41,6 @@ def _group(name: str, interval: str, rules: dict[str, str]) -> dict[str, Any]:
 
 def _ranks(settings: RuleSettings) -> dict[str, str]:
     window = settings.rate_window
-    busy = f"max by ({_RANK}) (rate(gradmon_busy_seconds_total[{window}]) > 0)"
-    waiting = living_ranks(f"rate(gradmon_data_wait_seconds_total[{window}])")
     paused = "(gradmon_paused == 1) and on (cluster, instance, run, rank) (gradmon_rank_up == 1)"
     return {
         "run:gradmon_world_size:max": f"max by ({RUN}) (gradmon_world_size)",
@@ -56,17 +54,27 @@ def _ranks(settings: RuleSettings) -> dict[str, str]:
         "run:gradmon_actions:rate": f"sum by ({RUN}, action, reason) (rate(gradmon_actions_total[{window}]))",
         "run:gradmon_last_step_age_seconds:min": f"min by ({RUN}) (gradmon_last_step_age_seconds)",
         "run:gradmon_heartbeat_age_seconds:max": f"max by ({RUN}) (gradmon_last_heartbeat_age_seconds)",
+        **_spread("gradmon_step_duration_seconds", "median", "max"),
+        **_spread("gradmon_local_grad_norm", "min", "median", "max"),
+        **_spread("gradmon_loss", "min", "max"),
+    }
+
+
+def _pace(settings: RuleSettings) -> dict[str, str]:
+    """Over so long that steps of minutes fit in."""
+    window = settings.share_window
+    steps = f'max by ({RUN}) (rate(gradmon_steps_total{{rank="0"}}[{window}]))'
+    busy = f"max by ({_RANK}) (rate(gradmon_busy_seconds_total[{window}]) > 0)"
+    waiting = living_ranks(f"rate(gradmon_data_wait_seconds_total[{window}])")
+    return {
         # All ranks of a run make the same steps.
-        "rank:gradmon_step_busy_seconds:mean": f"{busy} / on ({RUN}) group_left () (run:gradmon_steps:rate > 0)",
+        "rank:gradmon_step_busy_seconds:mean": f"{busy} / on ({RUN}) group_left () ({steps} > 0)",
         "run:gradmon_step_busy_seconds:median": f"quantile by ({RUN}) (0.5, rank:gradmon_step_busy_seconds:mean)",
         "run:gradmon_step_busy_seconds:max": f"max by ({RUN}) (rank:gradmon_step_busy_seconds:mean)",
         "run:gradmon_straggler:ratio": (
             "run:gradmon_step_busy_seconds:max / (run:gradmon_step_busy_seconds:median > 0)"
         ),
         "run:gradmon_data_wait_ratio:median": f"quantile by ({RUN}) (0.5, {waiting})",
-        **_spread("gradmon_step_duration_seconds", "median", "max"),
-        **_spread("gradmon_local_grad_norm", "min", "median", "max"),
-        **_spread("gradmon_loss", "min", "max"),
     }
 
 

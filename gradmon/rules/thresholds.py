@@ -84,6 +84,8 @@ class Thresholds:
     """And that many median steps."""
     first_step_seconds: float = 1800.0
     """Loading, compiling and warming up before the first step."""
+    paused_seconds: float = 7200.0
+    """No evaluation or checkpoint takes as long without a step."""
     straggler_ratio: float = 1.3
     """Busy time per step of the slowest rank over the median rank's."""
     straggler_step_ratio: float = 0.05
