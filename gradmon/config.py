@@ -158,6 +158,19 @@ class StopConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class IncidentConfig:
+    """The bundle that the culprit of an incident saves, for `gradmon replay`."""
+
+    bundles: int = _setting(4, "bundles a rank keeps of one attempt, the first and the newest; 0: none", low=0)
+    max_mib: int = _setting(64, "size of one bundle; what does not fit is left out, and it says what", low=1)
+    batches: int = _setting(8, "micro-batches of a step to which references are kept, not copies", low=1)
+    weights: bool = _setting(False, "true: the weights go into the bundle too, so that replay needs no checkpoint")
+    redact: str | None = _setting(
+        None, "module:function that is given the batch and returns what may be saved of it; null: all of it"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsConfig:
     """How finely Prometheus is told of the parameters' gradients. The journal holds them all, whatever is set here."""
 
@@ -195,6 +208,7 @@ class Config:
     leave_out: LeaveOutConfig = field(default_factory=LeaveOutConfig)
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     stop: StopConfig = field(default_factory=StopConfig)
+    incident: IncidentConfig = field(default_factory=IncidentConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:

@@ -152,6 +152,26 @@ class Detail:
     `parameters`. A row of NaN is a parameter without a gradient."""
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something wrong with a model, its data or its training: seen, measured, and what to do about it."""
+
+    rule: str
+    """Name in the catalogue, `dead_relu`."""
+    where: str
+    """Layer, parameter, operation or input it is about, `blocks.3.act`; empty if it is about all."""
+    message: str
+    """One sentence for a person, with the evidence in numbers."""
+    measured: float | None = None
+    threshold: float | None = None
+    """What `measured` was compared with."""
+    source: str = ""
+    """Where threshold and formula come from: a paper, a rule of SageMaker Debugger, a fact of arithmetic."""
+    cure: str = ""
+    """What to change: code, where a few lines can say it."""
+    severity: Literal["error", "warning", "info"] = "warning"
+
+
 class Landing(Protocol):
     """A step on its way from the device to the host."""
 
