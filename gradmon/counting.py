@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
-from gradmon.record import Event, StepRecord, StreakReason
+from gradmon.record import DataReason, Event, StepRecord, StreakReason, WatchReason
 
 #: A counter's name and its labels beside run and rank, in the order METRICS lists them.
 CounterKey = tuple[str, tuple[str, ...]]
@@ -18,6 +18,8 @@ _EVENT_ACTIONS = (
     ("backoff", "spike_streak"), ("rollback", "diverging"), ("stop", "skip_streak"), ("stop", "scaler_streak"),
     ("stop", "diverging"), ("stop", "replicas"),
 )  # fmt: skip
+#: Equal on all ranks, and counted for the run.
+_RUN_EVENTS = (*get_args(StreakReason), *get_args(WatchReason))
 
 
 def count_step(record: StepRecord, rank: int) -> dict[CounterKey, float]:
@@ -32,6 +34,7 @@ def count_step(record: StepRecord, rank: int) -> dict[CounterKey, float]:
     added["gradmon_scaler_skips_total", ()] = int(record.reason == "scaler_skip")
     added["gradmon_nonfinite_losses_total", ()] = int(record.loss is not None and not math.isfinite(record.loss))
     added["gradmon_left_out_steps_total", ()] = int(record.left_out)
+    added["gradmon_data_findings_total", ()] = 0
     for name, seconds in (("busy", record.busy_seconds), ("data_wait", record.data_wait_seconds)):
         if seconds is not None:
             added[f"gradmon_{name}_seconds_total", ()] = seconds
@@ -43,7 +46,7 @@ def count_step(record: StepRecord, rank: int) -> dict[CounterKey, float]:
         added["gradmon_actions_total", (action, reason, applied)] = done
     for action, reason in _EVENT_ACTIONS:
         added.setdefault(("gradmon_actions_total", (action, reason, applied)), 0)
-    for kind in get_args(StreakReason):
+    for kind in _RUN_EVENTS:
         added["gradmon_events_total", (kind,)] = 0
     return added
 
@@ -51,8 +54,10 @@ def count_step(record: StepRecord, rank: int) -> dict[CounterKey, float]:
 def count_event(event: Event) -> dict[CounterKey, float]:
     """What an event adds that no step record has counted already."""
     added: dict[CounterKey, float] = {}
-    if event.kind in get_args(StreakReason):
+    if event.kind in _RUN_EVENTS:
         added["gradmon_events_total", (event.kind,)] = 1
+    if event.kind in get_args(DataReason):
+        added["gradmon_data_findings_total", ()] = 1
     if (event.action, event.kind) in _EVENT_ACTIONS:
         added["gradmon_actions_total", (event.action, event.kind, "yes" if event.applied else "no")] = 1
     return added

@@ -34,6 +34,8 @@ from gradmon.rows import (
     ROW_NAN,
     ROW_PARAMETER,
     ROW_SUM_OF_SQUARES,
+    ROW_VALIDATION,
+    ROW_VALIDATIONS,
 )
 from gradmon.stepping import StepInProgress
 from gradmon.timing import Busy
@@ -147,7 +149,15 @@ def pack(step: StepInProgress, update_ratio: Tensor | None) -> Tensor:
 
 
 #: What all ranks must know of a step that looks healthy: by rank.
-_PEEKED = (ROW_SUM_OF_SQUARES, ROW_LOSS, ROW_LOSSES, ROW_CHECKSUM, ROW_JOINED)
+_PEEKED = (
+    ROW_SUM_OF_SQUARES,
+    ROW_LOSS,
+    ROW_LOSSES,
+    ROW_VALIDATION,
+    ROW_VALIDATIONS,
+    ROW_CHECKSUM,
+    ROW_JOINED,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +174,12 @@ class Peeked:
     """Ranks left out of the average."""
     differing: tuple[int, ...] | None
     """Ranks whose weights differ from those of most; None where they were not compared."""
+    losses: tuple[float | None, ...] = ()
+    """By rank, None where none was observed; empty where the ranks' rows did not meet."""
+    validation_loss: float | None = None
+    """The newest, mean over the ranks that have observed one."""
+    validations: int = 0
+    """How many all ranks have observed so far."""
     alone: bool = False
     """True inside `Join` if a rank had run out of data and made no step of its own."""
 
@@ -197,7 +213,7 @@ class LandingStep:
         values = self._vector.values()
         head: list[float] = values[: len(_HEAD)].tolist()
         rows_WR = values[len(_HEAD) :].view(-1, len(ROW))
-        squares, losses, observed, checksums, joined = (
+        squares, losses, observed, validation, validations, checksums, joined = (
             rows_WR.index_select(1, stats.numbers(_PEEKED, rows_WR.device)).t().tolist()
         )
         record = self._record(head, None, None, None)
@@ -209,6 +225,11 @@ class LandingStep:
             record=record,
             errors=int(head[_HEAD.index("errors")]),
             mean_loss=_mean_loss(losses, observed) if known.all_rows else None,
+            losses=tuple(x if there else None for x, there in zip(losses, observed, strict=True))
+            if known.all_rows
+            else (),
+            validation_loss=_mean_loss(validation, validations) if known.all_rows else None,
+            validations=int(sum(validations)) if known.all_rows else 0,
             left_out=tuple(broken) if known.leaves_out and record.reason != "nonfinite" else (),
             differing=differing(checksums) if compared else None,
             alone=known.all_rows and any(joined),

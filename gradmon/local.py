@@ -33,7 +33,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradmon import stats
 from gradmon.backward import BackwardWatch
-from gradmon.rows import ROW, ROW_CHECKSUM, ROW_ERRORS, ROW_JOINED, ROW_SUM_OF_SQUARES, rank_row, share_rows, whole
+from gradmon.rows import (
+    ROW,
+    ROW_CHECKSUM,
+    ROW_ERRORS,
+    ROW_JOINED,
+    ROW_SUM_OF_SQUARES,
+    Observed,
+    rank_row,
+    share_rows,
+    whole,
+)
 from gradmon.timing import Stamp
 
 #: Backwards of one step whose rows are kept until it.
@@ -66,8 +76,8 @@ class LocalHook:
         self.on_error: Callable[[Exception], None] = lambda _error: None
         self.backwards: BackwardWatch | None = None
         """Counts the backwards of a step and remembers which of them broke the gradients first."""
-        self.loss: Tensor | float | None = None
-        """The newest loss this rank observed; goes out with its row."""
+        self.observed = Observed()
+        """This rank's losses; they go out with its row."""
         self.checksum: Tensor | None = None
         """Of this rank's weights, in steps in which they are compared."""
         self._inner: tuple[Any, CommHook] | None = None
@@ -102,7 +112,6 @@ class LocalHook:
         self.leave_out = leave_out
         self.on_error = on_error
         self.errors = 0
-        self.loss = None
         self._clear()
         self.active = True
 
@@ -140,7 +149,8 @@ class LocalHook:
         """Become a pass-through. To be called on all ranks between the same two steps."""
         self.active = self.leave_out = False
         self.on_error = lambda _error: None  # whatever it held on to must not live as long as the model
-        self.backwards = self.loss = self.checksum = None
+        self.backwards = self.checksum = None
+        self.observed = Observed()
         self._clear()
 
     def _clear(self) -> None:
@@ -308,7 +318,7 @@ class LocalHook:
             order_P = self._orders[arrived] = torch.tensor(arrived, device=stats_PK.device)
         self.local = (stats_PK, arrived)
         micro_step = 0 if self.backwards is None else self.backwards.count + 1
-        row = rank_row(stats_PK, order_P, micro_step=micro_step, loss=self.loss, errors=self.errors)
+        row = rank_row(stats_PK, order_P, micro_step=micro_step, observed=self.observed, errors=self.errors)
         if self._has_joined():
             row[ROW_JOINED].fill_(1)
         elif self.checksum is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmon.landing import HostCopy, LandingStep
+from gradmon.rows import Observed
 
 #: Losses of one step that are kept; more come where somebody observes without stepping.
 MOST_LOSSES = 256
@@ -50,10 +51,12 @@ class LossBook:
 
     Args:
         write: takes a step with its losses; for the journal.
+        observed: is told of each loss, to go out with this rank's rows.
     """
 
-    def __init__(self, write: Callable[[LandingStep], None]) -> None:
+    def __init__(self, write: Callable[[LandingStep], None], observed: Observed) -> None:
         self._write = write
+        self._observed = observed
         self._losses: list[Tensor] = []
         self._follows: bool | None = None
         """True if the script observes after its step, None until it has observed."""
@@ -61,11 +64,17 @@ class LossBook:
 
     def add(self, loss: Tensor, *, stepped: bool) -> None:
         """One more; `stepped` tells whether a step has been made since attach."""
+        self._observed.loss = loss
         if self._follows is None:
             self._follows = stepped
         self._losses = [*self._losses[1 - MOST_LOSSES :], loss]
         if self._follows:
             self.flush()
+
+    def add_validation(self, loss: Tensor) -> None:
+        """One of the weights as they are now."""
+        self._observed.validation_loss = loss
+        self._observed.validations += 1
 
     def end_step(self, step: LandingStep, *, first: bool) -> None:
         """Write it, or keep it for the loss that is yet to come; `first` is the first since attach."""

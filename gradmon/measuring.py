@@ -35,7 +35,8 @@ from gradmon.rows import (
     ROW_PARAMETER,
     ROW_SUM_OF_SQUARES,
     ROW_SYNCED,
-    put_loss,
+    Observed,
+    put_losses,
     rank_row,
     whole,
 )
@@ -106,8 +107,8 @@ class Measurer:
         self.watched = watched
         self.errors = 0
         """Failures of gradmon itself on this rank that all ranks must learn of."""
-        self.loss: Tensor | float | None = None
-        """The newest loss observed on this rank."""
+        self.observed = Observed()
+        """Losses on this rank; they travel with its rows."""
         self._topology = topology
         self._config = config
         self._agree = agree
@@ -160,6 +161,7 @@ class Measurer:
         hook = self._topology.hook
         if hook is not None:
             hook.start(self.watched.parameters, self._failed, leave_out=self._leave_out)
+            hook.observed = self.observed
             self._registrations.start(
                 lambda: self._say(
                     "the script's own communication hook averages the gradients from here on; gradmon measures before "
@@ -188,12 +190,6 @@ class Measurer:
         for watch in (self._backwards, self._sharded_backward):
             if watch is not None:
                 watch.forget()
-
-    def observe(self, loss: Tensor | float) -> None:
-        """The newest loss; it travels with this rank's next row."""
-        self.loss = loss
-        if self._topology.hook is not None:
-            self._topology.hook.loss = loss
 
     def count_error(self) -> None:
         """All ranks must learn that this one failed."""
@@ -479,7 +475,7 @@ class Measurer:
             own = self._backwards.row()
             own = None if own is None else self._put_own(own.clone())
         elif self._sharded_backward is not None:
-            own = self._sharded_backward.row(self.loss, self.errors)
+            own = self._sharded_backward.row(self.observed, self.errors)
         if own is None:
             return None
         # sync: only where gradients are offloaded to the host, which has waited for them already
@@ -499,7 +495,7 @@ class Measurer:
             stats_QK.flip(0),
             order,
             micro_step=micro_step,
-            loss=self.loss,
+            observed=self.observed,
             errors=self.errors if carries else 0,
         )
         if self._backwards is not None and hook is None:
@@ -512,7 +508,7 @@ class Measurer:
 
     def _put_own(self, row: Tensor) -> Tensor:
         row[ROW_ERRORS].fill_(self.errors)
-        put_loss(row, self.loss)
+        put_losses(row, self.observed)
         return row
 
     def _synced(self) -> bool:

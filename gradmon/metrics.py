@@ -106,7 +106,7 @@ METRICS: tuple[Metric, ...] = (
         "events",
         ("run", "kind"),
         "What several steps together showed: spikes, skips or left-out steps in a row, drift, vanished gradients, "
-        "gradients and loss diverging, replicas that differ.",
+        "gradients and loss diverging, replicas that differ, and what the watches over loss and weights found.",
     ),
     Metric(
         "gradmon_healthy",
@@ -177,6 +177,14 @@ METRICS: tuple[Metric, ...] = (
         _RUN,
         "Validation loss observed last, the last finite value; absent where none is observed.",
     ),
+    Metric(
+        "gradmon_early_stop",
+        "gauge",
+        "bool",
+        _RUN,
+        "1 once the validation loss has stopped falling, so that training on is a waste (monitor.should_stop), else 0; "
+        "absent where none is observed.",
+    ),
     Metric("gradmon_loss_scale", "gauge", "1", _RUN, "Factor of the script's GradScaler; absent without one."),
     Metric(
         "gradmon_scaler_skips_total",
@@ -198,6 +206,22 @@ METRICS: tuple[Metric, ...] = (
         "ratio",
         _RUN,
         "Norm of the optimizer's update over the norm of the weights, on a sample of elements.",
+    ),
+    Metric(
+        "gradmon_first_moment_norm",
+        "gauge",
+        "norm",
+        _RUN,
+        "Norm of the optimizer's running mean of gradients (exp_avg, momentum_buffer), from a sample of elements; "
+        "absent where the optimizer keeps none.",
+    ),
+    Metric(
+        "gradmon_second_moment_norm",
+        "gauge",
+        "norm",
+        _RUN,
+        "Norm of the optimizer's running mean of squared gradients (exp_avg_sq), from a sample of elements; absent "
+        "where the optimizer keeps none.",
     ),
     Metric(
         "gradmon_layer_grad_norm",
@@ -288,6 +312,29 @@ METRICS: tuple[Metric, ...] = (
         "steps",
         _RANK,
         "Steps whose observed loss was NaN or Inf, and validation losses that were.",
+    ),
+    Metric(
+        "gradmon_data_findings_total",
+        "counter",
+        "findings",
+        _RANK,
+        "What the watch over this rank's batches found: values that are not finite or far out of range, batches that "
+        "are constant or come twice, labels of mostly one class. The event says which sample.",
+    ),
+    Metric(
+        "gradmon_class_imbalance_ratio",
+        "gauge",
+        "ratio",
+        _RANK,
+        "Samples of this rank's commonest class over those of its rarest, so far; absent where batches hold no labels.",
+    ),
+    Metric(
+        "gradmon_token_share_ratio",
+        "gauge",
+        "ratio",
+        _RANK,
+        "Share of the commonest token among all tokens of the batches looked at on this rank, padding for instance; "
+        "absent where batches hold none.",
     ),
     Metric(
         "gradmon_last_step_age_seconds",
@@ -526,6 +573,11 @@ RESOURCE_METRICS: dict[str, str] = {
     "healthy": "gradmon_healthy",
     "last_healthy_step": "gradmon_last_healthy_step",
     "validation_loss": "gradmon_validation_loss",
+    "early_stop": "gradmon_early_stop",
+    "first_moment_norm": "gradmon_first_moment_norm",
+    "second_moment_norm": "gradmon_second_moment_norm",
+    "class_imbalance_ratio": "gradmon_class_imbalance_ratio",
+    "token_share_ratio": "gradmon_token_share_ratio",
     "paused": "gradmon_paused",
     "snapshot_memory_bytes": "gradmon_snapshot_memory_bytes",
     "resident_memory_bytes": "gradmon_process_resident_memory_bytes",

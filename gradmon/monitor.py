@@ -129,7 +129,7 @@ class Monitor:
         self._measured: Measured | None = None
         self._step: StepInProgress | None = None
         self._previous: LandingStep | None = None
-        self._losses = LossBook(self._write_step)
+        self._losses = LossBook(self._write_step, self._measurer.observed)
         self._clock = StepClock(self._watched.device)
         self._data_watch = DataWatch(self._clock)
         self._closure: Optimizer | None = None
@@ -198,8 +198,9 @@ class Monitor:
             )
         if training is not None:
             with self._guarded("loss"):
-                self._measurer.observe(training)
                 self._losses.add(training, stepped=self._made > 0)
+        if validation is not None:
+            self._losses.add_validation(validation)
         if validation is not None and self._journal is not None:
             with self._guarded("loss"):
                 self._journal.keep_copy("validation_loss", HostCopy(validation))

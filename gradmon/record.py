@@ -25,7 +25,19 @@ StepReason = Literal["healthy", "max_norm", "spike", "nonfinite", "left_out", "u
 StreakReason = Literal[
     "spike_streak", "skip_streak", "scaler_streak", "left_out_streak", "drift", "vanish", "diverging", "replicas"
 ]
-Reason = StepReason | StreakReason
+#: What the watches over loss, weights and data can find; the rules of the catalogue in `diagnose/CATALOGUE.md`.
+LossReason = Literal[
+    "loss_nonfinite", "loss_flat", "loss_spike", "loss_low", "loss_constant", "loss_outlier", "overfit", "overtraining"
+]
+WeightReason = Literal[
+    "update_large", "update_small", "weights_unchanged", "gradients_zero", "gradients_tiny", "moments_large"
+]
+DataReason = Literal[
+    "data_nonfinite", "data_range", "data_constant", "data_duplicate", "class_imbalance", "token_share",
+    "labels_out_of_range",
+]  # fmt: skip
+WatchReason = Literal[LossReason, WeightReason]
+Reason = StepReason | StreakReason | WatchReason | DataReason
 
 #: What is measured of each parameter's gradient, in this order. Counts are of elements; minimum, maximum and abs_max
 #: are over the finite elements (without any: inf, -inf and 0). NaN stands for "not measured in this step"; for

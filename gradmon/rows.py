@@ -6,6 +6,7 @@ Legend: W ranks, R columns (`ROW`), P parameters, K statistics, M backwards of a
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,22 +16,36 @@ from gradmon import stats
 
 #: `parameter` is the number, from 1, of the first one that is not finite, in the order backward came to them; where all
 #: are finite, of the one with the largest norm. `micro_step` is the backward, from 1, after which that was so. `losses`
-#: is 1 if `loss` was observed, `checksum` is that of the rank's weights where they are to be compared, else 0. `joined`
-#: is 1 for a rank that has run out of data inside `Join` and only takes part in the others' collectives. The last three
-#: are filled only where rows travel at step time (see `measuring`): there ranks may differ in the norm, in what
-#: the script's clip has left of it, and in whether gradients were averaged.
+#: is 1 if `loss` was observed, `validation` is the newest validation loss and `validations` how many there were.
+#: `checksum` is that of the rank's weights where they are to be compared, else 0. `joined` is 1 for a rank that has run
+#: out of data inside `Join` and only takes part in the others' collectives. The last three are filled only where rows
+#: travel at step time (see `measuring`): there ranks may differ in the norm, in what the script's clip has left of it,
+#: and in whether gradients were averaged.
 ROW = (
-    "sum_of_squares", "nan_count", "inf_count", "parameter", "micro_step", "loss", "losses", "errors", "checksum",
-    "joined", "norm", "left", "synced",
+    "sum_of_squares", "nan_count", "inf_count", "parameter", "micro_step", "loss", "losses", "validation",
+    "validations", "errors", "checksum", "joined", "norm", "left", "synced",
 )  # fmt: skip
 (
-    ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_PARAMETER, ROW_MICRO_STEP, ROW_LOSS, ROW_LOSSES, ROW_ERRORS, ROW_CHECKSUM,
-    ROW_JOINED, ROW_NORM, ROW_LEFT, ROW_SYNCED,
+    ROW_SUM_OF_SQUARES, ROW_NAN, ROW_INF, ROW_PARAMETER, ROW_MICRO_STEP, ROW_LOSS, ROW_LOSSES, ROW_VALIDATION,
+    ROW_VALIDATIONS, ROW_ERRORS, ROW_CHECKSUM, ROW_JOINED, ROW_NORM, ROW_LEFT, ROW_SYNCED,
 ) = range(len(ROW))  # fmt: skip
 
 
+@dataclass(slots=True)
+class Observed:
+    """What this rank was told of its losses last; each is 0-dim if a tensor."""
+
+    loss: Tensor | float | None = None
+    validation_loss: Tensor | float | None = None
+    validations: int = 0
+    """Validation losses so far."""
+
+
+_NOTHING = Observed()
+
+
 def rank_row(
-    stats_PK: Tensor, order_P: Tensor, *, micro_step: int = 0, loss: Tensor | float | None = None, errors: int = 0
+    stats_PK: Tensor, order_P: Tensor, *, micro_step: int = 0, observed: Observed = _NOTHING, errors: int = 0
 ) -> Tensor:
     """Sum up one rank's statistics.
 
@@ -38,7 +53,7 @@ def rank_row(
         stats_PK: in the order in which backward finished the gradients.
         order_P: for each row the parameter's number, from 1.
         micro_step: number of the backward, from 1; 0 if unknown.
-        loss: the newest one observed, 0-dim if a tensor.
+        observed: losses so far.
         errors: failures of gradmon itself on this rank so far.
 
     Returns:
@@ -51,21 +66,28 @@ def rank_row(
     place = torch.nan_to_num(squares_P, nan=math.inf, posinf=math.inf).argmax()
     row[ROW_PARAMETER] = order_P.take(place)  # take, not order_P[place]: an index that is a tensor is read on the host
     row[ROW_MICRO_STEP].fill_(micro_step)
-    put_loss(row, loss)
+    put_losses(row, observed)
     if errors:
         row[ROW_ERRORS].fill_(errors)
     return row
 
 
-def put_loss(row: Tensor, loss: Tensor | float | None) -> None:
-    """Write a loss into a row_R; one that can't be had there without waiting is left out."""
+def put_losses(row: Tensor, observed: Observed) -> None:
+    """Write them into a row_R; one that can't be had there without waiting is left out."""
+    if _put(row, ROW_LOSS, observed.loss):
+        row[ROW_LOSSES].fill_(1)
+    if _put(row, ROW_VALIDATION, observed.validation_loss):
+        row[ROW_VALIDATIONS].fill_(observed.validations)
+
+
+def _put(row: Tensor, column: int, loss: Tensor | float | None) -> bool:
     if isinstance(loss, Tensor) and loss.device.type == row.device.type:
-        row[ROW_LOSS] = loss
+        row[column] = loss
     elif loss is not None and (not isinstance(loss, Tensor) or stats.reads_are_free(loss.device)):
-        row[ROW_LOSS].fill_(float(loss))
+        row[column].fill_(float(loss))
     else:
-        return
-    row[ROW_LOSSES].fill_(1)
+        return False
+    return True
 
 
 def share_rows(row: Tensor, rank: int, world_size: int, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradmon import stats
-from gradmon.rows import ROW, ROW_LEFT, first_broken, rank_row
+from gradmon.rows import ROW, ROW_LEFT, Observed, first_broken, rank_row
 
 #: Backwards of one step that are remembered.
 _MOST_BACKWARDS = 64
@@ -184,14 +184,14 @@ class ShardedBackward:
         """The step of the gradients taken is over."""
         self._taken = []
 
-    def row(self, loss: Tensor | float | None, errors: int) -> Tensor | None:
+    def row(self, observed: Observed, errors: int) -> Tensor | None:
         """Of the gradients taken, this rank's row_R: of the first backward that was broken, else of the last one."""
         rows = []
         for micro_step, parts in enumerate(self._taken, start=1):
             stats_PK = torch.cat([part for part, _ in parts.values()])
             order = tuple(n for _, numbers in parts.values() for n in numbers)
             order_P = stats.numbers(order, stats_PK.device)
-            rows.append(rank_row(stats_PK, order_P, micro_step=micro_step, loss=loss, errors=errors))
+            rows.append(rank_row(stats_PK, order_P, micro_step=micro_step, observed=observed, errors=errors))
         if not rows:
             return None
         return first_broken(torch.stack(rows), lasting=False) if len(rows) > 1 else rows[0]

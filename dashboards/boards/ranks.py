@@ -120,6 +120,10 @@ def _life() -> Sequence[Any]:
             "at the node's limit the system kills a rank.", "bytes",
             *ask.band(ranked("gradmon_process_resident_memory_bytes")), look=BAND, points=_POINTS, lowest=0, fill=0),
         _table(),
+        lines("Trouble in the data", "What the watch over the batches found, by rank: NaN, values out of range, the "
+            "same batch twice, labels of mostly one class. Empty is good.", "none", Query(
+            f"topk(10, sum {BY_RANK} (increase(gradmon_data_findings_total{{{RANK}}}[$__rate_interval])) > 0)",
+            "rank {{rank}}"), lowest=0, bars=True, points=_POINTS, runbook="GradmonBadData"),
         lines("Failures of gradmon itself", "Parts of gradmon that failed inside a training process; training went on "
             "without them.", "none", Query(
             f"sum by (part) (increase(gradmon_errors_total{{{RANK}}}[$__rate_interval]))", "{{part}}"), lowest=0,

@@ -71,7 +71,7 @@ def _gradients() -> Sequence[Any]:
         lines("Actions over time", "Steps per interval that gradmon changed, by what it did and why.", "none",
             Query(grown(_APPLIED, "action, reason"), "{{action}}: {{reason}}"), bars=True, height=7),
         lines("Events", "What several steps together showed: spikes or skips in a row, norms that drift up or "
-            "vanish, replicas that differ, loss that rises with the gradients.", "none",
+            "vanish, replicas that differ, a loss or weights that behave unusually.", "none",
             Query(grown(f"gradmon_events_total{{{RUN}}}", "kind"), "{{kind}}"), bars=True, height=7),
         grid("Newest incident", "The rank and the parameter that broke first, last time: the place to look.",
             Column("Kind", f"max by (cluster, run, rank, parameter, kind) (gradmon_last_incident_info{{{RUN}}})",
@@ -106,6 +106,10 @@ def _learning() -> Sequence[Any]:
             "How far one step moves the weights, relative to their size. About 0.001 is usual; ten times that makes "
             "training unstable."), "none", Query(of_run("gradmon_update_ratio"), "update / weights"), log=True,
             color=NOTE),
+        lines("Moments of the optimizer", "Norms of the optimizer's running means of gradients and of their squares. "
+            "A second moment that jumps slows learning down for long after a spike.", "none",
+            Query(of_run("gradmon_first_moment_norm"), "first"), Query(of_run("gradmon_second_moment_norm"), "second"),
+            look={"first": Line(NOTE), "second": Line(WARN, width=1)}, log=True, fill=0),
         lines("Gradient noise scale over batch size", (
             "Above 1 the gradients are mostly noise and a larger batch still pays; far below 1 a smaller batch would "
             "learn as much per step."), "none", Query(of_run("gradmon_grad_noise_scale_ratio"), "noise / batch"),

@@ -8,7 +8,7 @@ from gradmon.rules.alert import Alert, Group
 from gradmon.rules.expressions import incident_rules
 from gradmon.rules.machines import gradmon_alerts, rank_alerts, resource_alerts, target_alerts
 from gradmon.rules.thresholds import SETTINGS, RuleSettings
-from gradmon.rules.training import gradient_alerts, loss_alerts, remedy_alerts
+from gradmon.rules.training import gradient_alerts, loss_alerts, remedy_alerts, watch_alerts
 
 
 def all_alerts(settings: RuleSettings = SETTINGS) -> tuple[Alert, ...]:
@@ -17,6 +17,7 @@ def all_alerts(settings: RuleSettings = SETTINGS) -> tuple[Alert, ...]:
         gradient_alerts,
         remedy_alerts,
         loss_alerts,
+        watch_alerts,
         rank_alerts,
         resource_alerts,
         gradmon_alerts,

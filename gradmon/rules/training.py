@@ -163,6 +163,53 @@ def remedy_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
     )
 
 
+def watch_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
+    """What the watches over data, loss and weights found."""
+    found, more_found = grown_of_ranks("data_findings", "gradmon_data_findings_total", settings.event_window)
+    bad = held("bad_data", more_found)
+    return (
+        Alert(
+            "GradmonBadData",
+            "ticket",
+            "ranks",
+            bad[1]["record"],
+            "{{ $labels.run }}: something is wrong with the data of rank {{ $labels.rank }}",
+            "Batches of rank {{ $labels.rank }} of run {{ $labels.run }} hold NaN, values far out of range, the same "
+            "samples again, or labels of mostly one class. The event names input, sample and index.",
+            needs=(found, *bad),
+            board="gradmon-ranks",
+        ),
+        Alert(
+            "GradmonLossUnusual",
+            "info",
+            "events",
+            grown(_EVENTS, 'kind=~"loss_.+"', settings.event_window),
+            "{{ $labels.run }}: the loss behaves unusually",
+            "The loss of run {{ $labels.run }} spikes, stands still, is constant or suspiciously low, or one rank's "
+            "stands out. The event says which, and gradmon report what it usually means.",
+        ),
+        Alert(
+            "GradmonWeightsUnusual",
+            "info",
+            "events",
+            grown(_EVENTS, 'kind=~"(update|weights|gradients|moments)_.+"', settings.event_window),
+            "{{ $labels.run }}: weights move too far, too little or not at all",
+            "Some parameters of run {{ $labels.run }} are moved by a large or tiny part of their size per step, or get "
+            "no gradient. The event names them.",
+            board="gradmon-layers",
+        ),
+        Alert(
+            "GradmonEarlyStop",
+            "info",
+            "slow",
+            f"{living_run('gradmon_early_stop')} == 1",
+            "{{ $labels.run }}: the validation loss no longer falls",
+            "The validation loss of run {{ $labels.run }} has not improved for many observations: training on costs "
+            "GPU time and gains nothing. monitor.should_stop is true.",
+        ),
+    )
+
+
 def loss_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
     """The loss, and whether the weights are fit to be kept."""
     losses, more_losses = grown_of_ranks("nonfinite_losses", "gradmon_nonfinite_losses_total", settings.event_window)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from gradmon import __version__
 from gradmon.metrics import METRICS_BY_NAME
+from gradmon.record import StreakReason, WatchReason
 
 GIB = float(2**30)
 MIB = float(2**20)
 
 #: The gradmon layers of a small GPT: token embedding, blocks, final norm.
 LAYERS = ("transformer.wte", *(f"transformer.h.{i}" for i in range(22)), "transformer.ln_f")
-EVENT_KINDS = (
-    "spike_streak", "skip_streak", "scaler_streak", "left_out_streak", "drift", "vanish", "diverging", "replicas",
-)  # fmt: skip
+EVENT_KINDS = (*get_args(StreakReason), *get_args(WatchReason))
 ACTIONS = (
     ("rescale", "spike"), ("skip", "spike"), ("rescale", "max_norm"), ("skip", "nonfinite"), ("leave_out", "left_out"),
     ("backoff", "spike_streak"), ("rollback", "diverging"), ("stop", "skip_streak"), ("stop", "scaler_streak"),
@@ -135,10 +134,13 @@ VALUES: dict[str, float | Value] = {
     "gradmon_mean_loss": lambda m, _rank, _labels: m.loss,
     "gradmon_max_loss": lambda m, _rank, _labels: 1.04 * m.loss,
     "gradmon_validation_loss": lambda m, _rank, _labels: 1.02 * m.loss,
+    "gradmon_early_stop": 0.0,
     "gradmon_loss_scale": 65536.0,
     "gradmon_scaler_skips_total": 0.0,
     "gradmon_grad_noise_scale_ratio": lambda m, _rank, _labels: m.near(0.5 + m.step / (m.step + 5000.0), 0.03, 3),
     "gradmon_update_ratio": _around(1.2e-3, 0.05),
+    "gradmon_first_moment_norm": lambda m, _rank, _labels: 0.3 * m.norm,
+    "gradmon_second_moment_norm": lambda m, _rank, _labels: 1e-4 * m.norm**2,
     "gradmon_layer_grad_norm": _layer_norm,
     "gradmon_layer_grad_abs_max": lambda m, rank, labels: 0.05 * _layer_norm(m, rank, labels),
     "gradmon_layer_nonfinite_elements": 0.0,
@@ -153,6 +155,9 @@ VALUES: dict[str, float | Value] = {
     "gradmon_left_out_steps_total": 0.0,
     "gradmon_loss": lambda m, rank, _labels: m.near(m.loss, 0.015, rank),
     "gradmon_nonfinite_losses_total": 0.0,
+    "gradmon_data_findings_total": 0.0,
+    "gradmon_class_imbalance_ratio": _steady(1.4, 0.05),
+    "gradmon_token_share_ratio": _steady(0.06, 0.05),
     "gradmon_last_step_age_seconds": lambda m, _rank, _labels: m.elapsed - m.step * m.step_seconds,
     "gradmon_step_duration_seconds": lambda m, rank, _labels: m.near(m.step_seconds, 0.01, rank),
     "gradmon_busy_seconds_total": _busy,

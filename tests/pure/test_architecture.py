@@ -20,7 +20,8 @@ FLOORS = {
     "kernels": 1, "_triton_kernels": 1, "stats": 1, "rows": 1, "backward": 1, "local": 1, "sharding": 1, "topology": 1,
     "measuring": 1, "updates": 1, "detector": 1, "policy": 1, "actions": 1, "noise": 1, "stepping": 1, "landing": 1,
     "losses": 1, "resources": 1, "clipping": 1, "scaler": 1, "handshake": 1, "exits": 1, "replicas": 1, "snapshot": 1,
-    "guard": 1, "health": 1, "rules": 1, "counting": 1, "timing": 1, "loss_watch": 1, "data_watch": 1, "weight_watch": 1,
+    "guard": 1, "health": 1, "rules": 1, "counting": 1, "timing": 1,
+    "loss_watch": 1, "data_watch": 1, "weight_watch": 1,
     "journal": 2, "identity": 2,
     "agent": 3, "plan": 3, "reporter": 3, "diagnose": 3,
     "monitor": 4,
@@ -36,7 +37,8 @@ WITHIN = {
     "landing": {"actions", "detector", "measuring", "noise", "policy", "replicas", "rows", "stats", "stepping",
                 "timing"},
     "guard": {"actions", "detector", "landing", "policy", "snapshot", "topology"},
-    "scaler": {"topology"}, "losses": {"landing"}, "layers": {"record"}, "cli": {"demo", "stack"}, "demo": {"stack"},
+    "scaler": {"topology"}, "losses": {"landing", "rows"}, "layers": {"record"}, "cli": {"demo", "stack"},
+    "demo": {"stack"}, "diagnose": {"agent"},
 }  # fmt: skip
 PURE = {"record", "metrics", "detector", "policy", "layers", "noise", "counting", "rules"}
 

@@ -297,6 +297,19 @@ case(
     labels={"host": "host-memory0"},
 )
 
+# What the watches found.
+case(
+    "bad-data",
+    "GradmonBadData",
+    "ticket",
+    Run().change("gradmon_data_findings_total", step(AT), rank="1"),
+    labels={"rank": "1"},
+    over=AT + 660,
+)
+case("loss-unusual", "GradmonLossUnusual", "info", event("loss_spike"), over=EVENT)
+case("weights-unusual", "GradmonWeightsUnusual", "info", event("weights_unchanged"), over=EVENT)
+case("early-stop", "GradmonEarlyStop", "info", Run().change("gradmon_early_stop", step(AT, 0, 1)), fires=AT + 180)
+
 # gradmon itself.
 case(
     "unwell",
@@ -418,6 +431,9 @@ BORN: dict[str, tuple[str, dict[str, str]]] = {
     "GradmonAllocatorRetries": ("gradmon_gpu_allocator_retries_total", {"rank": "1"}),
     "GradmonGpuOutOfMemory": ("gradmon_gpu_allocator_ooms_total", {"rank": "1"}),
     "GradmonUnwell": ("gradmon_errors_total", {"rank": "1"}),
+    "GradmonBadData": ("gradmon_data_findings_total", {"rank": "1"}),
+    "GradmonLossUnusual": ("gradmon_events_total", {"kind": "loss_spike"}),
+    "GradmonWeightsUnusual": ("gradmon_events_total", {"kind": "weights_unchanged"}),
 }  # fmt: skip
 
 

@@ -114,11 +114,12 @@ OLD_COUNTS: list[tuple[str, dict[str, str]]] = [
     ("gradmon_nonfinite_losses_total", {}),
     *(
         ("gradmon_events_total", {"kind": k})
-        for k in ("spike_streak", "skip_streak", "scaler_streak", "vanish", "drift")
+        for k in ("spike_streak", "skip_streak", "scaler_streak", "vanish", "drift", "loss_spike", "weights_unchanged")
     ),
     *(("gradmon_actions_total", {"action": a}) for a in ("rescale", "skip", "backoff", "rollback", "leave_out")),
     ("gradmon_scaler_skips_total", {}),
     ("gradmon_errors_total", {}),
+    ("gradmon_data_findings_total", {}),
     ("gradmon_gpu_allocator_retries_total", {}),
     ("gradmon_gpu_allocator_ooms_total", {}),
     ("gradmon_gpu_ecc_errors_total", {}),

@@ -26,7 +26,7 @@ LABELS: dict[str, list[dict[str, str]]] = {
     "gradmon_events_total": [
         {"kind": kind}
         for kind in ("spike_streak", "skip_streak", "scaler_streak", "left_out_streak", "drift", "vanish",
-                     "diverging", "replicas")
+                     "diverging", "replicas", "loss_spike", "weights_unchanged")
     ],
     "gradmon_gpu_throttled": [{"reason": r} for r in ("sw_power_cap", "hw_slowdown", "hw_thermal_slowdown")],
     "gradmon_gpu_ecc_errors_total": [{"kind": "corrected"}, {"kind": "uncorrected"}],
@@ -54,6 +54,7 @@ GAUGES: dict[str, float] = {
     "gradmon_host_memory_capacity_bytes": 1000 * GIB,
     "gradmon_validation_loss": 0.9,
     "gradmon_series_dropped": 0,
+    "gradmon_early_stop": 0,
 }
 #: Absent in a healthy run.
 ABSENT = {"gradmon_last_incident_info", "gradmon_last_incident_step", "gradmon_last_incident_timestamp_seconds"}

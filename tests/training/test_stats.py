@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gradmon import stats
 from gradmon.record import STATISTICS
-from gradmon.rows import ROW, first_broken, rank_row
+from gradmon.rows import ROW, Observed, first_broken, rank_row
 from gradmon.stats import dense, flat, measure, total_norm
 
 SQUARES, NANS, INFS, ZEROS, ABS_MAX, MINIMUM, MAXIMUM = range(len(STATISTICS))
@@ -428,16 +428,22 @@ def test_a_row_names_the_first_broken_one(broken: list[float], named: int) -> No
     ],
 )
 def test_a_row_carries_the_loss(loss: Tensor | float | None, told: float, count: int) -> None:
-    row = row_of([torch.ones(1)], [7], loss=loss)
+    row = row_of([torch.ones(1)], [7], observed=Observed(loss))
     assert (row["loss"], row["losses"]) == (told, count)
 
 
 def test_a_row_carries_a_loss_that_is_nan() -> None:
     for loss in (math.nan, torch.tensor(math.nan)):
-        row = row_of([torch.ones(1)], [7], loss=loss)
+        row = row_of([torch.ones(1)], [7], observed=Observed(loss))
         assert math.isnan(row["loss"])
         assert row["losses"] == 1
         assert row["sum_of_squares"] == 1
+
+
+def test_a_row_carries_the_newest_validation_loss_and_how_many_there_were() -> None:
+    row = row_of([torch.ones(1)], [7], observed=Observed(None, torch.tensor(0.5), 3))
+    assert (row["validation"], row["validations"]) == (0.5, 3)
+    assert (row["loss"], row["losses"]) == (0, 0)
 
 
 def test_a_row_carries_errors_and_micro_step() -> None:

@@ -25,7 +25,7 @@ const KINDS = {
   vanish: { label: "vanished gradients", color: "--spike", shape: "square" },
   replicas: { label: "replicas differ", color: "--nonfinite", shape: "square" },
 };
-const OTHER_KIND = { label: "event", color: "--dim", shape: "square" };
+const OTHER_KIND = { color: "--dim", shape: "square" };
 const DONE = { skip: ["skipped", "skip"], rescale: ["rescaled", "rescale"], backoff: ["rate lowered", "lower the rate"],
   leave_out: ["rank left out", "leave the rank out"], rollback: ["rolled back", "roll back"], stop: ["stopped", "stop"] };
 const STATES = { running: "ok", busy: "warn", stuck: "bad", finished: "calm", failed: "bad", exception: "bad", crashed: "bad" };
@@ -103,7 +103,7 @@ function clock(unix) {
   return date.toDateString() === new Date().toDateString() ? time : `${date.toISOString().slice(0, 10)} ${time}`;
 }
 
-const kindOf = (event) => KINDS[event.kind] || OTHER_KIND;
+const kindOf = (event) => KINDS[event.kind] || { ...OTHER_KIND, label: event.kind.replaceAll("_", " ") };
 
 function done(event) {
   if (event.action === "none") return "noted";
