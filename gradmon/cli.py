@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import sys
@@ -14,8 +15,8 @@ from gradmon import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv[0] if argv else "").parse_args(argv)
     try:
         code: int = args.command(args)
     except ValueError as error:  # ConfigError, DirectoryError: the user's mistake, in a sentence
@@ -24,7 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+#: Commands that explain, each a module with `add_arguments` and `run`, imported only when it is asked for.
+_EXPLAIN = {
+    "report": ("gradmon.diagnose.report", "what happened in a run: one HTML file from the journals of all ranks"),
+    "compare": ("gradmon.diagnose.compare", "two runs side by side: settings, losses, incidents, where they part"),
+    "replay": ("gradmon.diagnose.replay", "run an incident's batch again and name the operation that broke"),
+    "doctor": ("gradmon.diagnose.doctor.command", "audit a model, its first batch and its optimizer before the run"),
+}
+
+
+def _parser(chosen: str) -> argparse.ArgumentParser:
+    """With the arguments of the `chosen` command, where those are another module's."""
     parser = argparse.ArgumentParser(
         prog="gradmon", description="Keeps multi-GPU PyTorch training healthy, and says so to Prometheus."
     )
@@ -45,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     stack = commands.add_parser("stack", help="run Prometheus, Alertmanager and Grafana here, without Docker")
     _add_stack_options(stack)
     stack.set_defaults(command=_stack)
+
+    for name, (module, what) in _EXPLAIN.items():
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        if name == chosen:
+            found = importlib.import_module(module)
+            found.add_arguments(command)
+            command.set_defaults(command=found.run)
 
     config = commands.add_parser("config", help="print the settings in force, and where each comes from")
     config.add_argument("file", nargs="?", metavar="FILE", help="YAML file (default: GRADMON_CONFIG, if set)")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, SupportsFloat
+from typing import Literal, Protocol, SupportsFloat, cast
 
 Action = Literal["none", "rescale", "skip", "leave_out", "backoff", "rollback", "stop"]
 #: What one step can be.
@@ -27,8 +27,9 @@ StreakReason = Literal[
 ]
 #: What the watches over loss, weights and data can find; the rules of the catalogue in `diagnose/CATALOGUE.md`.
 LossReason = Literal[
-    "loss_nonfinite", "loss_flat", "loss_spike", "loss_low", "loss_constant", "loss_outlier", "overfit", "overtraining"
-]
+    "loss_nonfinite", "loss_flat", "loss_rising", "loss_spike", "loss_low", "loss_constant", "loss_outlier", "overfit",
+    "overtraining",
+]  # fmt: skip
 WeightReason = Literal[
     "update_large", "update_small", "weights_unchanged", "gradients_zero", "gradients_tiny", "moments_large"
 ]
@@ -182,6 +183,11 @@ class Finding:
     cure: str = ""
     """What to change: code, where a few lines can say it."""
     severity: Literal["error", "warning", "info"] = "warning"
+
+    def event(self, step: int, wall_seconds: float, rank: int | None = None) -> Event:
+        """As it is told while training runs; nothing is done about it."""
+        kind = cast("Reason", self.rule)
+        return Event(step, wall_seconds, kind, "none", False, rank, self.where or None, self.message)
 
 
 class Landing(Protocol):

@@ -6,13 +6,14 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from gradmon.health import Health, HealthFile
 from gradmon.journal import JournalWriter
 from gradmon.log import Announcer
-from gradmon.record import Event
+from gradmon.record import DataReason, Event
 
 #: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
 _DECIDING = frozenset({"local", "before_clip", "before_step", "act", "rollback", "restore", "after_step", "learn"})
@@ -39,9 +40,10 @@ class Reporter:
     def tell(self, event: Event) -> None:
         """The culprit speaks of what is its own, rank 0 of the rest; the journal has its steps' incidents already."""
         of_step = event.kind in ("spike", "nonfinite", "left_out")
+        of_rank = of_step or event.kind in get_args(DataReason)
         if not of_step and self.journal is not None:
             self.journal.put(event)
-        speaker = event.rank if event.rank is not None and of_step else 0
+        speaker = event.rank if event.rank is not None and of_rank else 0
         last_word = event.action == "stop" and event.applied  # said by `end`
         if self._rank == speaker and not last_word:
             self.say.event(event.kind, f"step {event.step}: {event.message}")

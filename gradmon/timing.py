@@ -95,10 +95,15 @@ class DataWatch:
     """Adds up the time that this thread waits for batches of any `torch.utils.data.DataLoader`, from start to stop.
 
     What other threads wait for is prefetching: training does not wait with them.
+
+    Args:
+        clock: tells of pauses, in which nothing is added up.
+        seen: is given each batch that training gets, with the loader's iterator.
     """
 
-    def __init__(self, clock: StepClock) -> None:
+    def __init__(self, clock: StepClock, seen: Callable[[Any, Any], None] = lambda _iterator, _batch: None) -> None:
         self._clock = clock
+        self._seen = seen
         self._thread = threading.get_ident()
         self._waited: float | None = None
         self._waiting = False
@@ -118,10 +123,12 @@ class DataWatch:
                 return original(iterator)
             self._waiting, began = True, time.perf_counter()
             try:
-                return original(iterator)
+                batch = original(iterator)
             finally:
                 self._waiting = False
                 self._waited = (self._waited or 0.0) + time.perf_counter() - began
+            self._seen(iterator, batch)
+            return batch
 
         self._wrapper = watched
         kind.__next__ = watched  # type: ignore[method-assign, assignment]
