@@ -171,6 +171,69 @@ class IncidentConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LossConfig:
+    """What of the observed losses is told. Only `overtraining_patience` asks for an end, by `monitor.should_stop`."""
+
+    nonfinite: bool = _setting(True, "true: tell of a loss that is NaN or Inf, and of which ranks; false: never")
+    spike_ratio: float = _setting(1.5, "a loss this many times its running median is a spike; 0: never", low=0)
+    spike_sigmas: float = _setting(10.0, "and at least this many of the noise's standard deviations", low=1)
+    low_ratio: float = _setting(10.0, "a loss that falls at once by this factor is too low; 0: never", low=0)
+    low_floor: float = _setting(1e-5, "a running loss from 0 to here is too low; 0: never", low=0)
+    flat_steps: int = _setting(1000, "observed losses over which it has to fall; 0: never told", low=0)
+    flat_fall: float = _setting(0.001, "by this share of itself, from one half of them to the other", low=0, high=1)
+    rise: float = _setting(0.05, "share by which the running loss may rise above its best; 0: never told", low=0)
+    constant_steps: int = _setting(20, "exactly equal losses in a row that are told; 0: never", low=0)
+    overfit_gap: float = _setting(0.1, "share by which validation may be above training; 0: never told", low=0)
+    overfit_patience: int = _setting(3, "validation losses in a row that have to be so far above, and no best", low=1)
+    overtraining_patience: int = _setting(
+        5, "validation losses in a row without a new best that ask for an end; 0: never", low=0
+    )
+    overtraining_delta: float = _setting(0.01, "share by which a new best has to be better", low=0, high=1)
+    outlier_ratio: float = _setting(
+        2.0, "a rank's loss this many times the other ranks', up or down, stands out; 0: never", low=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """What is looked at in the batches that leave a DataLoader."""
+
+    every: int = _setting(50, "batches between looks at one and the next; 0: never look", low=0)
+    nonfinite: bool = _setting(True, "true: tell of NaN and Inf in the inputs, and in which sample; false: never")
+    range_ratio: float = _setting(
+        10.0, "a value this many widths of the usual range outside of it is told; 0: never", low=0
+    )
+    constant: bool = _setting(True, "true: tell of float inputs with the same value everywhere; false: never")
+    duplicate_share: float = _setting(
+        0.5, "share of a batch's samples that are like another's, or the batch before's; 0: never", low=0, high=1
+    )
+    imbalance_ratio: float = _setting(10.0, "most frequent class over the least frequent; 0: never", low=0)
+    imbalance_samples: int = _setting(500, "labels to be seen before the classes are judged", low=1)
+    token_share: float = _setting(0.8, "share of all tokens that one token may be; 0: never", low=0, high=1)
+    label_range: bool = _setting(True, "true: tell of labels below 0, but for -1 and -100; false: never")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsConfig:
+    """What is told of weights, gradients and optimizer, by what `measure` measures of each parameter at its cadence."""
+
+    update_large: float = _setting(
+        0.1, "update-to-weight ratio above which a matrix moves too fast, three times in a row; 0: never", low=0
+    )
+    update_small: float = _setting(
+        1e-8, "update-to-weight ratio below which a matrix stands still, three times in a row; 0: never", low=0
+    )
+    unchanged_looks: int = _setting(
+        3, "measurements in a row in which weights with a gradient did not change at all; 0: never told", low=0
+    )
+    zero_looks: int = _setting(3, "measurements in a row in which a whole gradient was 0; 0: never told", low=0)
+    tiny_gradient: float = _setting(
+        1e-8, "root mean square of a gradient that has vanished, three times in a row; 0: never", low=0
+    )
+    moments: bool = _setting(True, "true: measure the optimizer's moments, tell if they are not finite; false: never")
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsConfig:
     """How finely Prometheus is told of the parameters' gradients. The journal holds them all, whatever is set here."""
 
@@ -209,6 +272,9 @@ class Config:
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     incident: IncidentConfig = field(default_factory=IncidentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from gradmon.actions import evaluates_repeatedly
 from gradmon.config import Config
 from gradmon.detector import Detector, Limits
 from gradmon.landing import Peeked
+from gradmon.loss_watch import LossWatch
 from gradmon.policy import Policy, Trend, incident
 from gradmon.record import Event, StepRecord
 from gradmon.snapshot import GENERATIONS, Snapshots, check_registrable
@@ -48,6 +49,8 @@ class Guard:
         self._world_size = 1 if topology.group is None else dist.get_world_size(topology.group)
         self._detector = Detector(config.clip, config.trend)
         self._policy = Policy(config, self._world_size)
+        self._loss_watch = LossWatch(config.loss)
+        self._validations = 0
         self._newest: StepRecord | None = None
         self._learned = 0
         self.snapshots: Snapshots | None = None
@@ -75,6 +78,11 @@ class Guard:
     def why_unfit(self) -> str:
         """Why a checkpoint of the weights as they are now must not push out an older one; empty if it may."""
         return self._policy.why_unfit
+
+    @property
+    def should_stop(self) -> str:
+        """Why training on is a waste; empty if it is not. Equal on all ranks."""
+        return self._loss_watch.why_stop
 
     @property
     def last_healthy_step(self) -> int:
@@ -113,6 +121,27 @@ class Guard:
             )
         events = self._policy.update(record, trend, acts=acts, left_out=peeked.left_out, differing=peeked.differing)
         return [event for event in (incident(record), *events) if event is not None]
+
+    def watch_losses(self, peeked: Peeked) -> list[Event]:
+        """What the losses of a finished step tell, beyond the step itself."""
+        if peeked.alone:
+            return []
+        record = peeked.record
+        new, self._validations = peeked.validations != self._validations, peeked.validations
+        found = self._loss_watch.update(
+            record.step,
+            peeked.mean_loss,
+            peeked.losses or None,
+            peeked.validation_loss if new else None,
+            healthy=record.healthy,
+        )
+        return [finding.event(record.step, record.wall_seconds) for finding in found]
+
+    def sample(self) -> dict[str, float]:
+        """For the metrics."""
+        told = {"early_stop": float(bool(self.should_stop))} if self._validations else {}
+        held = {} if self.snapshots is None else {"snapshot_memory_bytes": float(self.snapshots.bytes_held())}
+        return told | held
 
     def register(self, name: str, thing: Any) -> None:
         """See `Monitor.register`."""
@@ -181,6 +210,7 @@ class Guard:
         """Forget every reference: what comes is not to be compared with what was."""
         self._detector.rebaseline()
         self._policy.rebaseline()
+        self._loss_watch.rebaseline()
         self._references.clear()
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -190,6 +220,7 @@ class Guard:
             "step": step,
             "detector": self._detector.state_dict(),
             "policy": self._policy.state_dict(),
+            "loss_watch": self._loss_watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> int:
@@ -204,13 +235,17 @@ class Guard:
                 f"pass what Monitor.state_dict() returned"
             )
         detector, policy = Detector(self._config.clip, self._config.trend), Policy(self._config, self._world_size)
+        losses = LossWatch(self._config.loss)
         try:
             detector.load_state_dict(state["detector"])
             policy.load_state_dict(state["policy"])
+            if "loss_watch" in state:  # an older version had none
+                losses.load_state_dict(state["loss_watch"])
             step = int(state["step"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"gradmon state is damaged ({error!r}); pass what Monitor.state_dict() returned") from None
         self._detector, self._policy, self._newest = detector, policy, None
+        self._loss_watch, self._validations = losses, 0
         self._references.clear()
         if self.snapshots is not None:
             self.snapshots.clear()

@@ -145,7 +145,7 @@ class Monitor:
         self._guard = Guard(self._config, self._watched, self._topology, self._say.once)
         self.health_path = self._health.path
         self._journal = self._reporter.journal = open_journal(
-            plan, self._identity, self._failed, self._say.once, self._health, self._guard.snapshots
+            plan, self._identity, self._failed, self._say.once, self._health, self._guard.sample
         )
         self.journal_path = self._journal and self._journal.path
         self._clip_watch = ClipWatch(self._before_clip)
@@ -213,6 +213,14 @@ class Monitor:
         """
         keep = None if self._journal is None or not self._attached else self._journal.keep
         return self._clock.pausing(what, keep)
+
+    @property
+    def should_stop(self) -> bool:
+        """True once the validation loss has stopped improving (`loss.overtraining_patience`): to train on is a waste.
+
+        Equal on all ranks where it is asked between the same two steps: `if monitor.should_stop: break`.
+        """
+        return bool(self._guard.should_stop)
 
     def detach(self) -> None:
         """Remove every hook and patch, finish the journal. On several ranks: after the same step on all of them.
@@ -532,6 +540,9 @@ class Monitor:
         self._errors_seen = peeked.errors
         for event in self._guard.learn(peeked, acts=self._acts):
             self._reporter.tell(event)
+        with self._guarded("loss_watch"):
+            for event in self._guard.watch_losses(peeked):
+                self._reporter.tell(event)
         self._reporter.tell_health(Health(peeked.record.step, self._guard.why_unfit, self._guard.last_healthy_step))
         if self._errors_seen and not self._withdrawn:
             self._withdrawn = True

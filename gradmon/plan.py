@@ -187,9 +187,9 @@ def open_journal(
     failed: Callable[[str, Exception], None],
     say: Callable[[str], None],
     health: HealthFile,
-    snapshots: Snapshots | None,
+    more: Callable[[], dict[str, float]],
 ) -> JournalWriter | None:
-    """This rank's journal; None, and a word about it, if there can be none."""
+    """This rank's journal; None, and a word about it, if there can be none. `more` adds to its samples."""
     resources = Sampler(plan.watched.device, failed)
 
     def sample() -> dict[str, float]:
@@ -197,8 +197,7 @@ def open_journal(
             health.write()
         except OSError as error:
             failed("health_file", error)
-        held = {} if snapshots is None else {"snapshot_memory_bytes": float(snapshots.bytes_held())}
-        return {**resources(), **health.sample(), **held}
+        return {**resources(), **health.sample(), **more()}
 
     try:
         return JournalWriter(

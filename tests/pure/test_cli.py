@@ -30,7 +30,7 @@ def test_config_says_where_each_value_comes_from(tmp_path: Path) -> None:
     assert lines["run"].startswith("run: mine")
     assert "# environment GRADMON_RUN;" in lines["run"]
     assert f"# {file};" in lines["floor"]
-    assert "# preset strict;" in lines["spike_ratio"]
+    assert "# preset strict;" in lines["drift_ratio"]
     assert "# default;" in lines["rewarm"]
 
 
