@@ -284,6 +284,13 @@ class JournalWriter:
         for event in events:
             self._write_item(connection, event)
         self._write_details(connection, landing)
+        try:
+            found = landing.findings()
+        except Exception as error:
+            self._failed(error)
+            return
+        for event in found:
+            self._write_item(connection, event)
 
     def _write_details(self, connection: sqlite3.Connection, landing: Landing) -> None:
         """As many details are kept as fit into half of the file, each counted as the largest, in whole pages.

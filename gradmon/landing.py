@@ -7,7 +7,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from gradmon.detector import Limits
 from gradmon.measuring import Measured
 from gradmon.noise import NoiseScale
 from gradmon.policy import incident
-from gradmon.record import DETAIL_COLUMNS, STATISTICS, Detail, Event, StepRecord, finite
+from gradmon.record import DETAIL_COLUMNS, STATISTICS, Detail, Event, Finding, StepRecord, finite
 from gradmon.replicas import differing
 from gradmon.rows import (
     ROW,
@@ -43,6 +43,9 @@ from gradmon.timing import Busy
 #: Scalars at the head of a step's vector; the ranks' rows follow. From sum_of_squares on: over all parameters.
 _HEAD = ("norm", "left", "divisor", "learning_rate", "errors", "ok", "loss_scale", "update_ratio", *STATISTICS)
 
+
+#: (step, `Detail.values` or None, [P, 2] norms of moments or None) -> findings.
+JudgeWeights = Callable[[int, "bytes | None", "list[list[float]] | None"], list[Finding]]
 
 #: A rank is blamed for a spike if its local norm is this many times the median of the other ranks'.
 _OUTSTANDING = 3.0
@@ -123,6 +126,8 @@ class StepContext:
     rolled_back: bool
     """True if the weights were replaced before the step, whose gradients were thrown away."""
     detail_due: bool
+    judge_weights: JudgeWeights | None
+    """On rank 0, whose journal holds the details."""
     noise: NoiseScale | None
     """Where the rows are samples of one noise."""
 
@@ -193,18 +198,21 @@ class LandingStep:
         context: StepContext,
         details: Sequence[ParameterStatistics] = (),
         update_ratios_P: HostCopy | None = None,
+        moments_PM: HostCopy | None = None,
     ) -> None:
         self._vector = vector
         self._context = context
         self._details = details
         self._update_ratios_P = update_ratios_P
+        self._moments_PM = moments_PM
+        self._looked_at: bytes | None = None
         self._broken = False
         self.loss: HostCopy | None = None
         """Mean loss of the step, 0-dim, if one was observed."""
 
     def landed(self) -> bool:
         """True once the record can be made without waiting."""
-        later = (self.loss, self._update_ratios_P, *(part.values for part in self._details))
+        later = (self.loss, self._update_ratios_P, self._moments_PM, *(part.values for part in self._details))
         return self._vector.landed() and all(copy is None or copy.landed() for copy in later)
 
     def peek(self) -> Peeked:
@@ -256,7 +264,18 @@ class LandingStep:
             wanted = self._broken or (part.place == "global" and known.detail_due and known.rank == 0)
             if wanted and (part.place == "local" or known.rank == 0):
                 made.append(Detail(known.step, part.place, self._table(part)))
+                if part.place == "global" and not self._broken:
+                    self._looked_at = made[-1].values
         return made
+
+    def findings(self) -> list[Event]:
+        """For the journal's thread, after `details`: what they show of weights, gradients and optimizer."""
+        known = self._context
+        if known.judge_weights is None:
+            return []
+        moments = None if self._moments_PM is None else self._moments_PM.values().tolist()
+        found = known.judge_weights(known.step, self._looked_at, moments)
+        return [finding.event(known.step, known.wall_seconds) for finding in found]
 
     def _table(self, part: ParameterStatistics) -> bytes:
         table_PK = torch.full(
@@ -337,6 +356,8 @@ def land(
     comparable: bool,
     noise: NoiseScale,
     updates: tuple[Tensor, Tensor] | None,
+    moments_PM: Tensor | None,
+    judge_weights: JudgeWeights | None,
     with_details: bool,
 ) -> LandingStep:
     """Send a finished step on its way to the host.
@@ -351,6 +372,8 @@ def land(
         names: of the watched parameters.
         comparable: see `StepContext`.
         updates: from `UpdateSample.ratios`, in steps in which it was due.
+        moments_PM: from `MomentSample.norms`, likewise.
+        judge_weights: is given both and the details, where it is this rank that judges; on the journal's thread.
         with_details: whether to take statistics per parameter along.
         noise: takes in a step whose rows are samples of one noise: of all ranks, of one backward each.
     """
@@ -378,12 +401,14 @@ def land(
         leaves_out=measured.leaves_out,
         rolled_back=step.rolled_back,
         detail_due=step.detail_due,
+        judge_weights=judge_weights,
         noise=noise if measured.synced_backwards == 1 and measured.shared else None,
     )
     details = _details_of(measured) if with_details else []
     ratios_P, ratio = (None, None) if updates is None else updates
     vector = HostCopy(pack(step, ratio))
-    return LandingStep(vector, context, details, None if ratios_P is None else HostCopy(ratios_P))
+    ratios, moments = (None if values is None else HostCopy(values) for values in (ratios_P, moments_PM))
+    return LandingStep(vector, context, details, ratios, moments)
 
 
 def _details_of(measured: Measured) -> list[ParameterStatistics]:

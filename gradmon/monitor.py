@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 
 from gradmon import actions
 from gradmon.actions import OptimizerActions
-from gradmon.agent.start import start_agent
 from gradmon.clipping import ClipWatch
 from gradmon.config import Config
 from gradmon.detector import Limits
@@ -36,7 +35,7 @@ from gradmon.landing import HostCopy, LandingStep, land
 from gradmon.losses import LossBook, plain_loss
 from gradmon.measuring import Measured, Measurer
 from gradmon.noise import NoiseScale
-from gradmon.plan import Plan, agree_on, health_path, identity_of, make_plan, open_journal, opening_lines
+from gradmon.plan import Plan, agree_on, begin_run, health_path, identity_of, make_plan, open_journal
 from gradmon.reporter import Reporter
 from gradmon.scaler import ScalerWatch
 from gradmon.stepping import (
@@ -51,9 +50,10 @@ from gradmon.stepping import (
     unchanged,
     with_closure,
 )
-from gradmon.timing import DataWatch, StepClock
+from gradmon.timing import StepClock
 from gradmon.topology import gradients_of
 from gradmon.updates import UpdateSample
+from gradmon.watches import Watches
 
 _active: Monitor | None = None
 
@@ -129,9 +129,7 @@ class Monitor:
         self._measured: Measured | None = None
         self._step: StepInProgress | None = None
         self._previous: LandingStep | None = None
-        self._losses = LossBook(self._write_step, self._measurer.observed)
         self._clock = StepClock(self._watched.device)
-        self._data_watch = DataWatch(self._clock)
         self._closure: Optimizer | None = None
         self._one_device = len({p.device for p in self._watched.parameters}) == 1
         self._count = self._made = self._errors_seen = 0
@@ -141,11 +139,18 @@ class Monitor:
         self._health = HealthFile(health_path(plan, self._identity), self.run)
         self._reporter = Reporter(self._identity.rank, self._measurer.count_error, self._health)
         self._say, self._guarded, self._failed = self._reporter.say, self._reporter.guarded, self._reporter.failed
+        self._losses = LossBook(self._reporter.put, self._measurer.observed)
         self._say.start()
         self._guard = Guard(self._config, self._watched, self._topology, self._say.once)
         self.health_path = self._health.path
+        self._watches = Watches(plan, self._identity, self._reporter, self._clock)
         self._journal = self._reporter.journal = open_journal(
-            plan, self._identity, self._failed, self._say.once, self._health, self._guard.sample
+            plan,
+            self._identity,
+            self._failed,
+            self._say.once,
+            self._health,
+            (self._guard.sample, self._watches.samples),
         )
         self.journal_path = self._journal and self._journal.path
         self._clip_watch = ClipWatch(self._before_clip)
@@ -153,14 +158,8 @@ class Monitor:
         self._exit_watch = ExitWatch()
         try:
             self._start_hooks()
-            if self._identity.rank == 0:
-                for level, line in opening_lines(
-                    plan, agreement, self._identity, self._guard.snapshots, acts=self._acts
-                ):
-                    self._say.once(line, level)
-            if self._identity.local_rank == 0 and self._config.agent.start == "auto":
-                with self._guarded("agent"):
-                    start_agent(plan.directory, self._config, self._say)
+            with self._guarded("agent"):
+                begin_run(plan, agreement, self._identity, self._guard.snapshots, self._say, acts=self._acts)
         except Exception as error:
             self._close("exception", f"{type(error).__name__}: {error}")
             raise
@@ -196,14 +195,13 @@ class Monitor:
             self._say.once(
                 "the loss observed is a DTensor that no rank holds whole: it is left out; pass its full value"
             )
-        if training is not None:
-            with self._guarded("loss"):
+        with self._guarded("loss"):
+            if training is not None:
                 self._losses.add(training, stepped=self._made > 0)
-        if validation is not None:
-            self._losses.add_validation(validation)
-        if validation is not None and self._journal is not None:
-            with self._guarded("loss"):
-                self._journal.keep_copy("validation_loss", HostCopy(validation))
+            if validation is not None:
+                self._losses.add_validation(validation)
+                if self._journal is not None:
+                    self._journal.keep_copy("validation_loss", HostCopy(validation))
 
     def paused(self, what: str = "evaluation") -> AbstractContextManager[None]:
         """`with monitor.paused("checkpoint"):` no step is expected inside, and no time counted.
@@ -358,7 +356,7 @@ class Monitor:
             present = self._measurer.gradients()
             if {id(g) for g in present}.isdisjoint(map(id, gradients)):
                 return
-            waiting = [(o, gradients_of(o)) for o in self._waiting()]
+            waiting = [(o, gradients_of(o)) for o in self._actions if o not in self._stepped]
             if self._step is not None and not all(self._of_this_step(o) for o, _ in waiting):
                 self._end_step()
             if self._step is None and not self._measured_still():
@@ -371,9 +369,6 @@ class Monitor:
     def _measured_still(self) -> bool:
         """True if what was measured at the script's clip is of the gradients that are there now."""
         return self._measured is not None and unchanged(self._clip_marks, self._measurer.gradients())
-
-    def _waiting(self) -> list[Optimizer]:
-        return [o for o in self._actions if o not in self._stepped]
 
     def _begins(self, optimizer: Optimizer) -> bool:
         """True for a step's first optimizer. One verdict serves all optimizers, unless new gradients came since."""
@@ -504,29 +499,29 @@ class Monitor:
             return
         with self._guarded("replicas"):
             self._measurer.compare_weights(due=is_due(self._config.replicas.check_every, self._count + 1))
-        updates = None
+        updates = moments_PM = None
         with self._guarded("updates"):
-            updates = None if step.updates is None else step.updates.ratios()
+            if step.updates is not None:
+                updates, moments_PM = step.updates.ratios(), self._watches.moments()
         step_seconds, busy = self._clock.end_step(ready)
         self._previous = land(
             step,
             step_seconds=step_seconds,
             busy=busy,
-            data_wait_seconds=self._data_watch.take(),
+            data_wait_seconds=self._watches.waited(),
             rank=self._identity.rank,
             world_size=self._identity.world_size,
             names=self._watched.names,
             comparable=self._topology.whole_rows,
             noise=self._noise,
             updates=updates,
+            moments_PM=moments_PM,
+            judge_weights=self._watches.judge_weights,
             with_details=self._journal is not None and not self._journal.behind,
         )
         with self._guarded("loss"):
             self._losses.end_step(self._previous, first=self._made == 1)
-
-    def _write_step(self, landing: LandingStep) -> None:
-        if self._journal is not None:
-            self._journal.put(landing)
+        self._watches.end_step(step.number)
 
     def _take_previous(self) -> None:
         """Learn from the step before: the only wait, for an event that is one step old."""
@@ -538,11 +533,7 @@ class Monitor:
     def _learn(self, previous: LandingStep) -> None:
         peeked = previous.peek()
         self._errors_seen = peeked.errors
-        for event in self._guard.learn(peeked, acts=self._acts):
-            self._reporter.tell(event)
-        with self._guarded("loss_watch"):
-            for event in self._guard.watch_losses(peeked):
-                self._reporter.tell(event)
+        self._watches.learn(peeked, self._guard.learn(peeked, acts=self._acts), self._guard)
         self._reporter.tell_health(Health(peeked.record.step, self._guard.why_unfit, self._guard.last_healthy_step))
         if self._errors_seen and not self._withdrawn:
             self._withdrawn = True
@@ -572,7 +563,7 @@ class Monitor:
                 "this torch has no clip function that can be watched: a clip by the script is seen afterwards"
             )
         self._exit_watch.start()
-        self._data_watch.start()
+        self._watches.start()
 
     def _at_exit(self) -> None:
         failure = self._exit_watch.failure()
@@ -598,11 +589,8 @@ class Monitor:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._clip_watch.stop()
-        self._scaler_watch.stop()
-        self._exit_watch.stop()
-        self._data_watch.stop()
-        self._measurer.stop()
+        for part in (self._clip_watch, self._scaler_watch, self._exit_watch, self._watches, self._measurer):
+            part.stop()
         for doer in self._actions.values():
             with self._guarded("detach"):
                 doer.restore()

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradmon import __version__, config, identity, kernels, stats
+from gradmon.agent.start import start_agent
 from gradmon.config import Config, Loaded
 from gradmon.handshake import Agreement, AttachError, Hello, agree
 from gradmon.health import HealthFile
 from gradmon.journal import JournalWriter, journal_path
+from gradmon.log import Announcer
 from gradmon.record import RankIdentity
 from gradmon.resources import Sampler
 from gradmon.snapshot import Snapshots
@@ -187,9 +189,9 @@ def open_journal(
     failed: Callable[[str, Exception], None],
     say: Callable[[str], None],
     health: HealthFile,
-    more: Callable[[], dict[str, float]],
+    more: Sequence[Callable[[], dict[str, float]]],
 ) -> JournalWriter | None:
-    """This rank's journal; None, and a word about it, if there can be none. `more` adds to its samples."""
+    """This rank's journal; None, and a word about it, if there can be none. What `more` give is sampled too."""
     resources = Sampler(plan.watched.device, failed)
 
     def sample() -> dict[str, float]:
@@ -197,7 +199,10 @@ def open_journal(
             health.write()
         except OSError as error:
             failed("health_file", error)
-        return {**resources(), **health.sample(), **more()}
+        found = {**resources(), **health.sample()}
+        for part in more:
+            found |= part()
+        return found
 
     try:
         return JournalWriter(
@@ -215,7 +220,24 @@ def open_journal(
         return None
 
 
-def opening_lines(
+def begin_run(
+    plan: Plan,
+    agreement: Agreement,
+    identity: RankIdentity,
+    snapshots: Snapshots | None,
+    say: Announcer,
+    *,
+    acts: bool,
+) -> None:
+    """Say what begins, on rank 0; have an agent run, on each node."""
+    if identity.rank == 0:
+        for level, line in _opening_lines(plan, agreement, identity, snapshots, acts=acts):
+            say.once(line, level)
+    if identity.local_rank == 0 and plan.config.agent.start == "auto":
+        start_agent(plan.directory, plan.config, say)
+
+
+def _opening_lines(
     plan: Plan, agreement: Agreement, identity: RankIdentity, snapshots: Snapshots | None, *, acts: bool
 ) -> Iterator[tuple[int, str]]:
     """(level, line): what rank 0 says of a run when it begins, and of settings that have no effect in it."""

@@ -31,7 +31,7 @@ LossReason = Literal[
     "overtraining",
 ]  # fmt: skip
 WeightReason = Literal[
-    "update_large", "update_small", "weights_unchanged", "gradients_zero", "gradients_tiny", "moments_large"
+    "update_large", "update_small", "weights_unchanged", "gradients_zero", "gradients_tiny", "moments_nonfinite"
 ]
 DataReason = Literal[
     "data_nonfinite", "data_range", "data_constant", "data_duplicate", "class_imbalance", "token_share",
@@ -201,6 +201,9 @@ class Landing(Protocol):
 
     def details(self) -> list[Detail]:
         """Statistics of every parameter that go with this step. Called once, on the writer's thread, after record()."""
+
+    def findings(self) -> list[Event]:
+        """What those show. Called once, on the writer's thread, after details()."""
 
 
 class ValueCopy(Protocol):

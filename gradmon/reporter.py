@@ -13,7 +13,7 @@ import torch
 from gradmon.health import Health, HealthFile
 from gradmon.journal import JournalWriter
 from gradmon.log import Announcer
-from gradmon.record import DataReason, Event
+from gradmon.record import DataReason, Event, Landing
 
 #: Parts whose failure may have made this rank decide otherwise than the rest: then all ranks only watch.
 _DECIDING = frozenset({"local", "before_clip", "before_step", "act", "rollback", "restore", "after_step", "learn"})
@@ -47,6 +47,11 @@ class Reporter:
         last_word = event.action == "stop" and event.applied  # said by `end`
         if self._rank == speaker and not last_word:
             self.say.event(event.kind, f"step {event.step}: {event.message}")
+
+    def put(self, step: Landing) -> None:
+        """Into the journal, if there is one."""
+        if self.journal is not None:
+            self.journal.put(step)
 
     def tell_health(self, health: Health) -> None:
         """For the marker file and the metrics; told at once where it has turned, else within seconds."""

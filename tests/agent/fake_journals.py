@@ -127,6 +127,9 @@ class _Landed:
     def details(self) -> list[Detail]:
         return list(self._details)
 
+    def findings(self) -> list[Event]:
+        return []
+
 
 class FakeRank:
     """A living rank: holds its journal's lock until `end`, as the training process does."""

@@ -23,7 +23,7 @@ FLOORS = {
     "guard": 1, "health": 1, "rules": 1, "counting": 1, "timing": 1,
     "loss_watch": 1, "data_watch": 1, "weight_watch": 1,
     "journal": 2, "identity": 2,
-    "agent": 3, "plan": 3, "reporter": 3, "diagnose": 3,
+    "agent": 3, "plan": 3, "reporter": 3, "diagnose": 3, "watches": 3,
     "monitor": 4,
     "stack": 5, "cli": 5, "demo": 5, "__main__": 6,
 }  # fmt: skip
@@ -36,11 +36,13 @@ WITHIN = {
     "actions": {"detector", "stats"}, "stepping": {"actions", "detector", "measuring", "updates"},
     "landing": {"actions", "detector", "measuring", "noise", "policy", "replicas", "rows", "stats", "stepping",
                 "timing"},
-    "guard": {"actions", "detector", "landing", "policy", "snapshot", "topology"},
+    "guard": {"actions", "detector", "landing", "loss_watch", "policy", "snapshot", "topology"},
     "scaler": {"topology"}, "losses": {"landing", "rows"}, "layers": {"record"}, "cli": {"demo", "stack"},
     "demo": {"stack"}, "diagnose": {"agent"},
+    "plan": {"agent"}, "watches": {"diagnose", "plan", "reporter"}, "data_watch": {"landing", "loss_watch", "stats"},
+    "weight_watch": {"stats"},
 }  # fmt: skip
-PURE = {"record", "metrics", "detector", "policy", "layers", "noise", "counting", "rules"}
+PURE = {"record", "metrics", "detector", "policy", "layers", "noise", "counting", "rules", "loss_watch"}
 
 
 def imports(path: Path) -> set[str]:

@@ -51,6 +51,9 @@ class Landed:
     def details(self) -> list[Detail]:
         return list(self._details)
 
+    def findings(self) -> list[Event]:
+        return []
+
 
 def detail(step: int, parameters: int = 1, place: Literal["global", "local"] = "global") -> Detail:
     """Whose first row can be told from any other step's."""

@@ -1,0 +1,390 @@
+"""What the training process keeps, by reference, so that an incident's batch can be saved one step later.
+
+The pre-hook on the module that the user calls runs outside of what torch.compile compiles; of a module that was
+compiled in place (`model.compile()`), or is called through another's compiled graph, it sees nothing, and says so.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradmon import __version__
+from gradmon.config import IncidentConfig
+from gradmon.diagnose.bundle import Bundle, Draft, Forward, bundle_path, bundles_of, inputs_of, plain
+from gradmon.diagnose.operations import is_users
+from gradmon.diagnose.weights import plain_name
+from gradmon.record import RankIdentity, StepRecord
+
+#: Frames of the user's code that are kept of a forward call.
+_FRAMES = 12
+#: Once as many bundles lie there as are kept, so many steps pass before the newest is replaced: an incident in every
+#: step must not copy a batch in every step.
+_STEPS_BETWEEN = 100
+
+
+@dataclass(slots=True)
+class _Held:
+    """One forward call, by reference; tensors that require a gradient are detached."""
+
+    micro_step: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng: dict[str, Any]
+    autocast: torch.dtype | None
+    stack: list[tuple[str, int, str]]
+    indices: Any
+    notes: list[str]
+    versions: dict[int, int] = field(default_factory=dict)
+    """id of a tensor -> how often it had been written to in place."""
+    requires_grad: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Step:
+    held: deque[_Held]
+    micro_steps: int = 0
+
+
+class Capture:
+    """Keeps references to the batches of the step in progress and of the one before.
+
+    No copies are made: memory that a script would have freed is held for one step longer, the batches of at most
+    `config.batches` forward calls of each of the two steps. Nothing is kept of forwards without gradients
+    (evaluation), nor of calls inside a call (recursion, a checkpointed forward that runs again).
+
+    Args:
+        model: what the user calls: the DDP object, the compiled module, where there is one.
+        device: the model's.
+        config: how much is kept and saved.
+        guarded: `guarded("capture")` is a context in which a failure of gradmon's own is counted and forgotten.
+
+    Attributes:
+        why_nothing: a sentence if no batch can be captured of this model; else empty.
+        indices: gives the dataset indices of the newest batch; None where the loader does not tell.
+        seen: is given the inputs of each forward call, by name.
+        backwards: gives how many backwards the step in progress has had; None: forwards are counted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        config: IncidentConfig,
+        guarded: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self.indices: Callable[[], Any] | None = None
+        self.backwards: Callable[[], int] | None = None
+        self.seen: Callable[[Mapping[str, Any]], None] | None = None
+        self.why_nothing = ""
+        self._model = model
+        self._device = device
+        self._config = config
+        self._guarded = guarded
+        self._depth = 0
+        self._now = self._new_step()
+        self._previous: tuple[int, _Step] | None = None
+        self._last_saved = 0
+        self._handles: list[Any] = []
+        self._device_rng = _device_generator(device)
+        if config.bundles == 0:
+            self.why_nothing = "incident.bundles is 0"
+        elif getattr(model, "_compiled_call_impl", None) is not None:
+            self.why_nothing = (
+                "the model was compiled in place (model.compile()), where no batch can be seen;"
+                " train torch.compile(model) instead to have it in incident bundles"
+            )
+        else:
+            self._handles = [
+                model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+                model.register_forward_hook(self._after, always_call=True),
+            ]
+
+    def step_ended(self, number: int) -> None:
+        """Optimizer step `number` has ended: what comes next is of the next; what is older than it is let go."""
+        self._previous = (number, self._now)
+        self._now = self._new_step()
+
+    def stop(self) -> None:
+        """Remove the hooks, let all batches go."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._now, self._previous = self._new_step(), None
+
+    def save(
+        self, record: StepRecord, *, identity: RankIdentity, settings: Mapping[str, Any], journal: Path
+    ) -> Draft | None:
+        """Take to the host what a bundle of this step needs; for the rank that broke it, in the step after.
+
+        Waits for the device. What it returns is to be written on the journal's thread, `journal.call("bundle",
+        draft.write)`.
+
+        Args:
+            record: the step, as it was read back.
+            identity: of this rank.
+            settings: the config, as `Config.to_dict` gives it.
+            journal: this rank's journal; the bundle goes beside it.
+
+        Returns:
+            None where no bundle is due: none are wanted, or enough of them lie there for now.
+        """
+        if not self._wanted(record.step, journal.parent, identity.rank):
+            return None
+        self._last_saved = record.step
+        notes = [self.why_nothing] if self.why_nothing else []
+        step = self._step_of(record.step)
+        room = self._config.max_mib << 20
+        forwards = []
+        for held in self._chosen(record, step, notes):
+            size = sum(t.nbytes for t in _tensors(held))
+            if size > room:
+                notes.append(
+                    f"the batch of micro-step {held.micro_step} was left out: {_mib(size)} do not fit into"
+                    f" incident.max_mib {self._config.max_mib}"
+                )
+                continue
+            room -= size
+            forwards.append(self._on_host(held, notes))
+        weights = self._weights(room, record, notes)
+        bundle = Bundle(
+            identity=identity,
+            record=record,
+            records=[record],
+            worst=[],
+            forwards=forwards,
+            micro_steps=step.micro_steps,
+            eval_modules=[plain_name(name) for name, m in bare(self._model).named_modules() if not m.training],
+            weights=weights,
+            config=dict(settings),
+            versions=_versions(),
+            notes=notes,
+        )
+        path = bundle_path(journal, identity.rank, record.step)
+        return Draft(bundle, path, journal, self._config.bundles, self._config.redact)
+
+    # --- in every forward ----------------------------------------------------------------------------------------
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():  # we are being traced into a graph: leave nothing in it
+            return
+        self._depth += 1
+        if self._depth > 1 or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        try:
+            self._take(args, kwargs)
+            if self.seen is not None:
+                self.seen(dict(inputs_of(args, kwargs)))
+        except Exception:
+            with self._guarded("capture"):
+                raise
+
+    def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._depth -= 1
+
+    def _take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        step = self._now
+        step.micro_steps += 1
+        notes: list[str] = []
+        versions: dict[int, int] = {}
+        requires_grad: list[str] = []
+
+        def hold(tensor: Tensor, where: str) -> Tensor:
+            if tensor.requires_grad:
+                requires_grad.append(where)
+                tensor = tensor.detach()  # shares memory and version, not the graph
+            versions[id(tensor)] = -1 if tensor.is_inference() else tensor._version
+            return tensor
+
+        held = _Held(
+            micro_step=step.micro_steps if self.backwards is None else self.backwards() + 1,
+            args=tuple(plain(value, where, notes, hold) for where, value in inputs_of(args, {})),
+            kwargs={
+                name.removeprefix("input "): plain(value, name, notes, hold) for name, value in inputs_of((), kwargs)
+            },
+            rng={
+                "cpu": torch.default_generator.get_state(),
+                "device": None if self._device_rng is None else self._device_rng.get_state(),
+                "python": random.getstate(),
+            },
+            autocast=_autocast(self._device.type),
+            stack=list(_users_frames()),
+            indices=None if self.indices is None else self.indices(),
+            notes=notes,
+            versions=versions,
+            requires_grad=requires_grad,
+        )
+        step.held.append(held)
+
+    def _new_step(self) -> _Step:
+        return _Step(deque(maxlen=self._config.batches))
+
+    # --- at an incident --------------------------------------------------------------------------------------------
+
+    def _wanted(self, step: int, folder: Path, rank: int) -> bool:
+        keep = self._config.bundles
+        if keep == 0:
+            return False
+        full = len(bundles_of(folder, rank)) >= keep
+        return not full or (keep > 1 and step - self._last_saved >= _STEPS_BETWEEN)
+
+    def _step_of(self, number: int) -> _Step:
+        if self._previous is not None and self._previous[0] == number:
+            return self._previous[1]
+        return self._new_step()
+
+    def _chosen(self, record: StepRecord, step: _Step, notes: list[str]) -> list[_Held]:
+        """The culprit's micro-step where it is known; else all that are held, the newest first."""
+        if not step.held:
+            if not self.why_nothing:
+                notes.append("no forward call of this step was seen: the batch is not in the bundle")
+            return []
+        if record.micro_step is None:
+            if step.micro_steps > len(step.held):
+                notes.append(
+                    f"of {step.micro_steps} micro-steps the last {len(step.held)} were kept (incident.batches)"
+                )
+            return list(reversed(step.held))
+        chosen = [held for held in step.held if held.micro_step == record.micro_step]
+        if not chosen:
+            notes.append(
+                f"micro-step {record.micro_step} broke first, but of {step.micro_steps} only the last"
+                f" {len(step.held)} were kept: raise incident.batches"
+            )
+            return list(reversed(step.held))
+        return chosen
+
+    def _on_host(self, held: _Held, notes: list[str]) -> Forward:
+        notes += held.notes
+
+        def to_host(tensor: Tensor, where: str) -> Tensor | None:
+            known = held.versions.get(id(tensor), -1)
+            if known >= 0 and tensor._version != known:
+                notes.append(f"{where} of micro-step {held.micro_step} was written over after the forward call")
+            return _on_host(tensor, where, notes)
+
+        return Forward(
+            micro_step=held.micro_step,
+            args=tuple(plain(value, where, notes, to_host) for where, value in inputs_of(held.args, {})),
+            kwargs={
+                name.removeprefix("input "): plain(value, name, notes, to_host)
+                for name, value in inputs_of((), held.kwargs)
+            },
+            rng=held.rng,
+            device=self._device.type,
+            autocast=held.autocast,
+            stack=[f"{file}:{line} in {function}" for file, line, function in held.stack],
+            indices=plain(held.indices, "indices", notes, to_host),
+            requires_grad=held.requires_grad,
+        )
+
+    def _weights(self, room: int, record: StepRecord, notes: list[str]) -> dict[str, Tensor] | None:
+        if not self._config.weights:
+            return None
+        model = bare(self._model)
+        # Not state_dict(): under some wrappers it is a collective, and this rank is alone here.
+        named = {plain_name(name): t for name, t in (*model.named_parameters(), *model.named_buffers())}
+        if any(hasattr(t, "placements") or type(t).__name__ == "FlatParameter" for t in named.values()):
+            notes.append("the weights were left out: each rank holds a part of them only; replay with --weights")
+            return None
+        size = sum(t.nbytes for t in named.values())
+        if size > room:
+            notes.append(
+                f"the weights were left out: {_mib(size)} do not fit into incident.max_mib {self._config.max_mib}"
+                " beside the batch; replay with --weights"
+            )
+            return None
+        if record.action not in ("skip", "rollback") or not record.applied:
+            notes.append("the weights are those after the step, which was not skipped: replay sees them a step later")
+        saved = {name: _on_host(t.detach(), name, notes) for name, t in named.items()}
+        return {name: t for name, t in saved.items() if t is not None}
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The user's own module, out of DDP and torch.compile."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        else:
+            found: nn.Module = inner
+            return found
+
+
+def _on_host(tensor: Tensor, where: str, notes: list[str]) -> Tensor | None:
+    """A copy of its own, of no more memory than it needs and of torch's own class; a DTensor's local part."""
+    value: Any = tensor
+    if hasattr(value, "placements"):
+        notes.append(f"{where} is this rank's part of a DTensor")
+        value = value.to_local()
+    if value.is_nested or value.layout not in (torch.strided, torch.sparse_coo):
+        notes.append(f"{where} was left out: a tensor of layout {value.layout} can't be saved")
+        return None
+    with torch.no_grad():
+        host: Tensor = value.detach().as_subclass(Tensor).to("cpu", copy=True)  # sync: an incident, once
+    if host.is_inference():
+        host = host.clone()
+    return host
+
+
+def _tensors(held: _Held) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+
+    def add(tensor: Tensor, _where: str) -> None:
+        found[id(tensor)] = tensor
+
+    plain((held.args, held.kwargs), "", [], add)
+    return list(found.values())
+
+
+def _device_generator(device: torch.device) -> torch.Generator | None:
+    """The generator that random operations on this device use; None on the CPU, whose is torch's default."""
+    if device.type == "cpu":
+        return None
+    generators = getattr(torch.get_device_module(device), "default_generators", ())
+    return generators[device.index or 0] if generators else None
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _users_frames() -> Iterator[tuple[str, int, str]]:
+    """File, line, function of the user's frames, innermost first. The frames themselves would keep what they hold."""
+    frame: Any = sys._getframe(2)
+    count = 0
+    while frame is not None and count < _FRAMES:
+        code = frame.f_code
+        if is_users(code.co_filename):
+            count += 1
+            yield code.co_filename, frame.f_lineno, code.co_name
+        frame = frame.f_back
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "gradmon": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "cuda": str(torch.version.cuda or ""),
+    }
