@@ -193,7 +193,7 @@ class BatchWatch:
     # --- which batch -----------------------------------------------------------------------------------------------
 
     def _note(self, iterator: Any, asked: Any) -> None:
-        if os.getpid() != self._pid or iterator._dataset_kind == dataloader._DatasetKind.Iterable:
+        if os.getpid() != self._pid or getattr(iterator, "_dataset_kind", None) != dataloader._DatasetKind.Map:
             return
         sent = self._sent.setdefault(iterator, {})
         # Without workers a batch is made as soon as it is asked for; with workers it comes back under this number.
@@ -236,7 +236,7 @@ class BatchWatch:
         source, indices = newest.source, newest.indices
         parts = _inputs(newest.batch, indices)
         for part in parts:
-            if part.value.device.type == "cuda":
+            if not _on_host(part.value):
                 if part.value.is_floating_point():
                     self._pending.append((source, part.name, HostCopy(_on_device(part.value))))
             elif part.value.is_floating_point():
@@ -246,7 +246,7 @@ class BatchWatch:
             elif part.value.dim() == 2 and part.value.shape[1] > 1 and not part.value.is_complex():
                 self._of_tokens(source, part)
         if self._config.duplicate_share:
-            self._of_samples(newest, [part for part in parts if part.value.device.type == "cpu"])
+            self._of_samples(newest, [part for part in parts if _on_host(part.value)])
 
     def _of_floats(self, source: _Source, part: _Input, indices: list[int] | None) -> None:
         low, high = _extremes(part.value)
@@ -514,6 +514,10 @@ def _leaves(thing: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor
         return
     for path, value in parts:
         yield from _leaves(value, path, depth + 1)
+
+
+def _on_host(value: Tensor) -> bool:
+    return value.device.type == "cpu"
 
 
 def _looked_at(value: Tensor) -> Tensor:

@@ -122,20 +122,21 @@ class Guard:
         events = self._policy.update(record, trend, acts=acts, left_out=peeked.left_out, differing=peeked.differing)
         return [event for event in (incident(record), *events) if event is not None]
 
-    def watch_losses(self, peeked: Peeked) -> list[Event]:
-        """What the losses of a finished step tell, beyond the step itself."""
+    def watch_losses(self, peeked: Peeked, *, late: bool) -> list[Event]:
+        """What the losses of a finished step tell, beyond the step itself. `late`: they are of the one before it."""
         if peeked.alone:
             return []
         record = peeked.record
         new, self._validations = peeked.validations != self._validations, peeked.validations
+        step = record.step - late
         found = self._loss_watch.update(
-            record.step,
+            step,
             peeked.mean_loss,
             peeked.losses or None,
             peeked.validation_loss if new else None,
             healthy=record.healthy,
         )
-        return [finding.event(record.step, record.wall_seconds) for finding in found]
+        return [finding.event(step, record.wall_seconds) for finding in found]
 
     def sample(self) -> dict[str, float]:
         """For the metrics."""

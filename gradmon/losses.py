@@ -71,6 +71,11 @@ class LossBook:
         if self._follows:
             self.flush()
 
+    @property
+    def follow(self) -> bool:
+        """True if the script observes a step's loss after the step: with the rows of the next one it travels."""
+        return bool(self._follows)
+
     def add_validation(self, loss: Tensor) -> None:
         """One of the weights as they are now."""
         self._observed.validation_loss = loss

@@ -143,7 +143,7 @@ class Monitor:
         self._say.start()
         self._guard = Guard(self._config, self._watched, self._topology, self._say.once)
         self.health_path = self._health.path
-        self._watches = Watches(plan, self._identity, self._reporter, self._clock)
+        self._watches = Watches(plan, self._identity, self._reporter, self._clock, self._losses)
         self._journal = self._reporter.journal = open_journal(
             plan,
             self._identity,

@@ -14,6 +14,7 @@ from gradmon.diagnose.bundle import Draft
 from gradmon.diagnose.capture import Capture
 from gradmon.guard import Guard
 from gradmon.landing import JudgeWeights, Peeked
+from gradmon.losses import LossBook
 from gradmon.plan import Plan
 from gradmon.record import Event, Finding, RankIdentity, StepRecord
 from gradmon.reporter import Reporter
@@ -32,12 +33,16 @@ class Watches:
         identity: who this rank is.
         reporter: is told what is found.
         clock: tells of pauses, in which batches are those of an evaluation.
+        losses: whether the script observes a loss before its step or after it.
     """
 
-    def __init__(self, plan: Plan, identity: RankIdentity, reporter: Reporter, clock: StepClock) -> None:
+    def __init__(
+        self, plan: Plan, identity: RankIdentity, reporter: Reporter, clock: StepClock, losses: LossBook
+    ) -> None:
         self._settings: Mapping[str, Any] = plan.config.to_dict()
         self._identity = identity
         self._reporter = reporter
+        self._losses = losses
         self._loads = False
         self._batches = BatchWatch(plan.config.data)
         self._waiting = DataWatch(clock, self._loaded)
@@ -45,8 +50,9 @@ class Watches:
         self._capture.indices = self._batches.indices_of_newest
         self._capture.seen = self._forward
         settings = plan.config.weights
-        parameters = plan.watched.parameters
-        self._weights = WeightWatch(settings, plan.watched.names, [tuple(p.shape) for p in parameters])
+        self._parameters = parameters = plan.watched.parameters
+        self._shapes: list[tuple[int, ...]] = []
+        self._weights = WeightWatch(settings, plan.watched.names, self._shapes)
         self.judge_weights: JudgeWeights | None = self._judge_weights if identity.rank == 0 else None
         """On rank 0, whose journal holds what is known of each parameter."""
         self._moments: MomentSample | None = None
@@ -98,8 +104,10 @@ class Watches:
         for event in events:
             self._reporter.tell(event)
         with self._reporter.guarded("loss_watch"):
-            for event in guard.watch_losses(peeked):
+            for event in guard.watch_losses(peeked, late=self._losses.follow):
                 self._reporter.tell(event)
+                if event.kind in ("loss_nonfinite", "loss_spike"):
+                    self._look_again(event.step)
         # A GradScaler's skip is no incident, but ten in a row are.
         broken = peeked.record.broken or any(event.kind == "scaler_streak" for event in events)
         if broken and self._identity.rank == (peeked.record.culprit_rank or 0):
@@ -109,9 +117,7 @@ class Watches:
         journal = self._reporter.journal
         if journal is None:
             return
-        with self._reporter.guarded("data_watch"):
-            self._batches.look_again()
-            self._tell(record.step)
+        self._look_again(record.step)
         with self._reporter.guarded("capture"):
             draft = self._capture.save(record, identity=self._identity, settings=self._settings, journal=journal.path)
             if draft is not None:
@@ -125,10 +131,17 @@ class Watches:
         )
 
     def _judge_weights(self, step: int, detail: bytes | None, moments_PM: list[list[float]] | None) -> list[Finding]:
+        self._shapes += [tuple(p.shape) for p in self._parameters[len(self._shapes) :]]  # an optimizer may get more
         found = self._weights.update(step, detail, moments_PM)
         for finding in found:
             self._reporter.say.event(finding.rule, f"step {step}: {finding.message}")
         return found
+
+    def _look_again(self, step: int) -> None:
+        """Whatever the cadence: something broke."""
+        with self._reporter.guarded("data_watch"):
+            self._batches.look_again()
+            self._tell(step)
 
     def _tell(self, step: int) -> None:
         for finding in self._batches.take():

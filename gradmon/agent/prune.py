@@ -23,7 +23,7 @@ from gradmon.locks import is_held
 KEEP_SECONDS = 7 * 24 * 3600.0
 KEEP_BYTES = 2 << 30
 
-_OURS = re.compile(r"rank-\d{5,}\.(db|db-wal|db-shm|db-journal|lock)")
+_OURS = re.compile(r"rank-\d{5,}(\.(db|db-wal|db-shm|db-journal|lock)|-step-\d+\.bundle)|health\.json")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -364,10 +364,14 @@ def _bad_samples(tensor: Tensor, where: str, holds: Contents, indices: Any) -> s
     samples: list[int] = bad.nonzero().flatten().tolist()
     if len(samples) == tensor.shape[0] and len(samples) > 1:
         return f"every sample of {where} holds {holds.told()}"
+    return f"{samples_named(samples, indices)} of {where} hold{'s' if len(samples) == 1 else ''} {holds.told()}"
+
+
+def samples_named(samples: Sequence[int], indices: Any) -> str:
+    """`samples 3 (index 77 of the dataset), 5 (index 12 of the dataset) and 4 more`."""
     shown = ", ".join(_sample(i, indices) for i in samples[:_SAMPLES_NAMED])
     more = f" and {len(samples) - _SAMPLES_NAMED} more" if len(samples) > _SAMPLES_NAMED else ""
-    one = len(samples) == 1
-    return f"sample{'' if one else 's'} {shown}{more} of {where} hold{'s' if one else ''} {holds.told()}"
+    return f"sample{'s' if len(samples) > 1 else ''} {shown}{more}"
 
 
 def _sample(number: int, indices: Any) -> str:

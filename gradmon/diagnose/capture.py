@@ -29,8 +29,8 @@ from gradmon.record import RankIdentity, StepRecord
 
 #: Frames of the user's code that are kept of a forward call.
 _FRAMES = 12
-#: Once as many bundles lie there as are kept, so many steps pass before the newest is replaced: an incident in every
-#: step must not copy a batch in every step.
+#: So many steps pass before the next bundle of the same kind: a burst is one incident, and an incident in every step must
+#: not copy a batch in every step.
 _STEPS_BETWEEN = 100
 
 
@@ -95,7 +95,8 @@ class Capture:
         self._depth = 0
         self._now = self._new_step()
         self._previous: tuple[int, _Step] | None = None
-        self._last_saved = 0
+        self._last_saved: dict[str, int] = {}
+        """Reason of an incident -> step of its newest bundle."""
         self._handles: list[Any] = []
         self._device_rng = _device_generator(device)
         if config.bundles == 0:
@@ -140,9 +141,9 @@ class Capture:
         Returns:
             None where no bundle is due: none are wanted, or enough of them lie there for now.
         """
-        if not self._wanted(record.step, journal.parent, identity.rank):
+        if not self._wanted(record):
             return None
-        self._last_saved = record.step
+        self._last_saved[record.reason] = record.step
         notes = [self.why_nothing] if self.why_nothing else []
         step = self._step_of(record.step)
         room = self._config.max_mib << 20
@@ -235,12 +236,9 @@ class Capture:
 
     # --- at an incident --------------------------------------------------------------------------------------------
 
-    def _wanted(self, step: int, folder: Path, rank: int) -> bool:
-        keep = self._config.bundles
-        if keep == 0:
-            return False
-        full = len(bundles_of(folder, rank)) >= keep
-        return not full or (keep > 1 and step - self._last_saved >= _STEPS_BETWEEN)
+    def _wanted(self, record: StepRecord) -> bool:
+        last = self._last_saved.get(record.reason)
+        return self._config.bundles > 0 and (last is None or record.step - last >= _STEPS_BETWEEN)
 
     def _step_of(self, number: int) -> _Step:
         if self._previous is not None and self._previous[0] == number:

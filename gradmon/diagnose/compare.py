@@ -1,9 +1,9 @@
 """`gradmon compare A B`: two runs side by side, and where they part. Needs no torch.
 
-Two runs part where they differ beyond noise: with d the distance of their losses (or of the logarithms of their norms)
-at a step both have, and s the noise, 1.4826 / sqrt 2 times the median change from one step to the next in the 64 steps
-around, at the first step of 16 whose median d > 3 s. Runs with other seeds differ from the first step on and lie at
-about 1 s; a run with another learning rate leaves that soon.
+Two runs part where they differ beyond noise: with d the difference of their losses (or of the logarithms of their
+norms) at a step both have, and s the noise, 1.4826 / sqrt 2 times the median change from one step to the next in the 64
+steps around: at the first of 32 steps whose median d is beyond 2 s, 6 standard errors of that median. Runs with other
+seeds differ from the first step on, now up and now down; a lone spike moves no median.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from gradmon.diagnose.sections import card, table
 from gradmon.diagnose.story import Story, read_story
 from gradmon.diagnose.telling import how_it_ended, number, seconds, size, verdict, whole
 
-_WINDOW = 16
+_WINDOW = 32
 _NOISE_WINDOW = 64
-_SIGMAS = 3.0
+_SIGMAS = 2.0
 _TO_SIGMA = 1.4826 / math.sqrt(2)
 #: Smaller differences are those of rounding, where a run is so smooth that it has no noise.
 _ROUNDING = 1e-6
@@ -132,7 +132,7 @@ def parting(name: str, a: _Series, b: _Series, *, logs: bool = False) -> Parting
 
 def _beyond_noise(xs: Sequence[float], ys: Sequence[float]) -> int | None:
     """Index at which two series part for longer than a moment."""
-    apart = [abs(x - y) for x, y in zip(xs, ys, strict=True)]
+    apart = [x - y for x, y in zip(xs, ys, strict=True)]
     changes = [max(abs(x - w), abs(y - v)) for (w, v), (x, y) in pairwise(zip(xs, ys, strict=True))]
     noise, block = 0.0, -1
     for i in range(len(apart) - _WINDOW + 1):
@@ -140,7 +140,7 @@ def _beyond_noise(xs: Sequence[float], ys: Sequence[float]) -> int | None:
             block = i // _WINDOW
             around = changes[max(0, i - _NOISE_WINDOW // 2) : i + _NOISE_WINDOW // 2]
             noise = _SIGMAS * max(_TO_SIGMA * median(around), _ROUNDING * abs(xs[i]), _ROUNDING)
-        if apart[i] > noise and median(apart[i : i + _WINDOW]) > noise:
+        if abs(apart[i]) > noise and abs(median(apart[i : i + _WINDOW])) > noise:
             return i
     return None
 

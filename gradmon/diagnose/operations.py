@@ -67,6 +67,10 @@ class Contents:
     nan_count: int = 0
     positive_inf_count: int = 0
     negative_inf_count: int = 0
+    rows: tuple[int, ...] = ()
+    """Places in dimension 0 that are not finite."""
+    of_rows: int = 0
+    """Size of that dimension, where some are finite."""
 
     @property
     def inf_count(self) -> int:
@@ -101,11 +105,14 @@ def contents(value: Tensor) -> Contents | None:
         if math.isfinite(low) and math.isfinite(high):
             return Contents(max(abs(low), abs(high)))
         finite = torch.isfinite(x)
+        rows: list[int] = (~finite).flatten(1).any(1).nonzero().flatten().tolist() if x.dim() > 1 else []
         return Contents(
             float(torch.where(finite, x, torch.zeros_like(x)).abs().max()),
             int(torch.isnan(x).sum()),
             int(torch.isposinf(x).sum()),
             int(torch.isneginf(x).sum()),
+            tuple(rows),
+            x.shape[0] if rows else 0,
         )
     except (RuntimeError, NotImplementedError):
         return None
@@ -400,6 +407,8 @@ def _time(origin: Origin | None) -> int:
 
 
 def _together(parts: list[Contents]) -> Contents:
+    if len(parts) == 1:
+        return parts[0]
     return Contents(
         max((c.magnitude for c in parts), default=0.0),
         sum(c.nan_count for c in parts),

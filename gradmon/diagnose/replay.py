@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from gradmon.diagnose import factory
 from gradmon.diagnose.blame import Blame, blame_bad, blame_jump, growths, norm_of
-from gradmon.diagnose.bundle import Bundle, Fields, Forward, given_inputs, inputs_of, load_bundle, tensors_in
+from gradmon.diagnose.bundle import (
+    Bundle,
+    Fields,
+    Forward,
+    given_inputs,
+    inputs_of,
+    load_bundle,
+    samples_named,
+    tensors_in,
+)
 from gradmon.diagnose.operations import Contents, Given, Operation, OperationWatch, Seen, contents, is_users
 from gradmon.diagnose.weights import load_weights, plain_name, put_weights
 
@@ -162,6 +171,9 @@ def replay(
 def _answer(bundle: Bundle, run: _Run, model: nn.Module, notes: list[str]) -> Replay:
     gradients = [(name, seen) for name, seen in run.ends if not name.startswith("the ")]
     blame = blame_bad(run.ends)
+    if blame is not None and blame.culprit is not None:
+        message = blame.finding.message + _of_samples(blame.culprit, run.forward)
+        blame = dataclasses.replace(blame, finding=dataclasses.replace(blame.finding, message=message))
     verdict, why = _verdict(bundle, run, blame)
     if blame is None and bundle.record.reason == "spike" and verdict != "not reproduced":
         blame = blame_jump(gradients, bundle.record.parameter, run.inputs)
@@ -183,6 +195,15 @@ def _answer(bundle: Bundle, run: _Run, model: nn.Module, notes: list[str]) -> Re
         root=run.root,
         model=model,
     )
+
+
+def _of_samples(culprit: Operation, forward: Forward) -> str:
+    """Which samples of the batch an operation broke on, where its rows are the batch's."""
+    batch = {t.shape[0] for _, v in inputs_of(forward.args, forward.kwargs) for _, t in tensors_in(v, "") if t.dim()}
+    rows, size = culprit.holds.rows, culprit.holds.of_rows
+    if culprit.backward or batch != {size} or len(rows) == size:
+        return ""
+    return f" in {samples_named(rows, forward.indices)} of the batch"
 
 
 def _verdict(bundle: Bundle, run: _Run, blame: Blame | None) -> tuple[Verdict, str]:

@@ -164,10 +164,9 @@ def first_things(story: Story) -> Markup | None:
         return None
     cards = []
     if broken is not None:
-        cards.append(card("What broke first", el("div", _facts_of(story, broken), class_="body"), id_="first"))
+        cards.append(card("The first NaN or Inf", el("div", _facts_of(story, broken), class_="body"), id_="first"))
     if first is not broken:
-        title = "What happened before it" if broken is not None else "What happened first"
-        cards.insert(0, card(title, el("div", _facts_of(story, first), class_="body"), id_="first-spike"))
+        cards.insert(0, card("The first spike", el("div", _facts_of(story, first), class_="body"), id_="first-spike"))
     bundles = _bundles(story)
     if bundles is not None:
         cards.append(bundles)

@@ -199,10 +199,10 @@ def _calm(story: Story) -> str:
 def _broke(story: Story) -> str:
     first = story.first_nonfinite
     if first is not None:
-        return f"gradients broke first at step {first.step:,}{place(first)}{_how(first)}{_more(story)}"
+        return f"gradients broke first at step {first.step:,}{place(first)}{_how(first)}{_more(story, first)}"
     spike = story.incidents[0]
-    norm = f": norm {number(spike.norm)}, limit {number(spike.limit)}"
-    return f"no gradient was NaN or Inf; the first spike came at step {spike.step:,}{place(spike)}{norm}{_more(story)}"
+    where = f"step {spike.step:,}{place(spike)}: norm {number(spike.norm)}, limit {number(spike.limit)}"
+    return f"no gradient was NaN or Inf; the first spike came at {where}{_more(story, spike)}"
 
 
 def place(incident: Incident) -> str:
@@ -219,9 +219,16 @@ def _how(incident: Incident) -> str:
     return f" ({' '.join(parts)})" if parts else ""
 
 
-def _more(story: Story) -> str:
-    others = len(story.incidents) - 1
-    return f", {count_of(others, 'more incident')} after it" if others else ""
+def _more(story: Story, first: Incident) -> str:
+    """What came before and after the first."""
+    place = story.incidents.index(first)
+    later = len(story.incidents) - place - 1
+    parts = []
+    if place:
+        parts.append(f"after {count_of(place, 'spike')} from step {story.incidents[0].step:,} on")
+    if later:
+        parts.append(f"before {count_of(later, 'more incident')}")
+    return f", {' and '.join(parts)}" if parts else ""
 
 
 def what_was_done(story: Story) -> str:

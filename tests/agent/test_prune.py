@@ -39,6 +39,14 @@ def test_what_is_older_than_a_week_goes(tmp_path, instance):
     assert KEEP_SECONDS == 7 * 86400
 
 
+def test_bundles_and_the_marker_file_go_with_their_journals(tmp_path, instance):
+    old = instance("old", days=8)
+    for name in ("rank-00000-step-0000123.bundle", "health.json"):
+        (old / "0" / name).write_text("ours")
+    assert prune(tmp_path) == [old]
+    assert not old.exists()
+
+
 def test_a_living_one_stays_however_old_and_large(tmp_path, instance):
     living = instance("living", days=100, end=False)
     assert prune(tmp_path, keep_bytes=0) == []

@@ -43,6 +43,7 @@ class Noisy(nn.Module):
 
 
 def saved(capture: Capture, folder: Path, **changed: Any) -> Bundle:
+    capture._last_saved.clear()  # each time as if it were the first incident
     draft = capture.save(record(**changed), identity=identity(), settings={}, journal=folder / "rank-00000.db")
     assert draft is not None
     return draft.bundle
@@ -297,15 +298,16 @@ def test_the_first_and_the_newest_stay(tmp_path: Path) -> None:
     model = Noisy()
     capture = capture_of(model, bundles=3)
     written = []
-    for step in (*range(1, 8), 200, 250, 320):
+    reasons = {**dict.fromkeys(range(1, 8), "spike"), 8: "nonfinite", 200: "spike", 250: "spike", 320: "spike"}
+    for step, reason in reasons.items():
         model(torch.randn(2, 6))
         capture.step_ended(step)
         journal = tmp_path / "rank-00000.db"
-        draft = capture.save(record(step=step), identity=identity(), settings={}, journal=journal)
+        draft = capture.save(record(step=step, reason=reason), identity=identity(), settings={}, journal=journal)
         if draft is not None:
             draft.write()
             written.append(step)
-    assert written == [1, 2, 3, 200, 320], "three at once, then one in a hundred steps"
+    assert written == [1, 8, 200, 320], "a burst is one incident, and each kind has its own"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         f"rank-00000-step-{step:07d}.bundle" for step in (1, 200, 320)
     ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import zoo_doctor
-from healthy import HEALTHY, classify, mlp, next_token, pictures, text_batch
+from healthy import HEALTHY, classify, mlp, next_token, text_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from zoo import Broken, Healthy
 from zoo_doctor import BROKEN, perceptron, rows
 
-from gradmon.diagnose.doctor import Diagnosis, ModelError, diagnose
+from gradmon.diagnose.doctor import Diagnosis, diagnose
 from gradmon.diagnose.doctor.optimization import range_test, try_steps
 from gradmon.diagnose.doctor.probe import as_loss_function, probe
 from gradmon.record import Finding
@@ -129,113 +128,6 @@ def test_the_cure_it_names_cures(
     assert after.ok, str(after)
 
 
-class Everything(nn.Module):
-    """Batch statistics, dropout, a frozen layer in eval mode, gradients that lie there already."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.bn = nn.BatchNorm2d(8)
-        self.frozen = nn.BatchNorm1d(8).eval()
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 10))
-        self.frozen.weight.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.clamp_(-1, 1)  # in place, on the batch itself
-        x = F.relu(self.bn(self.conv(x)), inplace=True).mean((2, 3))
-        random.random()
-        return self.head(self.drop(self.frozen(x)))
-
-
-def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> tuple[Any, ...]:
-    return copy.deepcopy(
-        (
-            dict(model.state_dict()),
-            [p.grad for p in model.parameters()],
-            [p.requires_grad for p in model.parameters()],
-            [m.training for m in model.modules()],
-            optimizer.state_dict(),
-            batch,
-            torch.get_rng_state(),
-            random.getstate(),
-        )
-    )
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
-
-
-def _trained() -> tuple[Everything, torch.optim.Optimizer, tuple[Tensor, Tensor]]:
-    model, batch = Everything(), pictures(20, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(2):
-        optimizer.zero_grad()
-        classify(model, (batch[0].clone(), batch[1])).backward()
-        optimizer.step()
-    return model, optimizer, batch
-
-
-def test_leaves_everything_as_it_was() -> None:
-    model, optimizer, batch = _trained()
-    before = _snapshot(model, optimizer, batch)
-    gradients = [p.grad for p in model.parameters()]
-    buffers = [id(b) for b in model.buffers()]
-    diagnosis = diagnose(model, batch, classify, optimizer=optimizer, lr_test=True)
-    assert "lr_range" in rules(diagnosis)  # it has stepped, many times
-    assert _same(before, _snapshot(model, optimizer, batch))
-    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
-    assert [id(b) for b in model.buffers()] == buffers
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    assert not any(getattr(module, hook) for module in model.modules() for hook in hooks)
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-
-
-def test_a_run_goes_on_as_without_it() -> None:
-    def run(*, audited: bool) -> list[Tensor]:
-        torch.manual_seed(3)
-        model, optimizer, batch = _trained()
-        if audited:
-            diagnose(model, batch, classify, optimizer=optimizer, lr_test=True)
-        for _ in range(3):
-            optimizer.zero_grad()
-            classify(model, (batch[0].clone(), batch[1])).backward()
-            optimizer.step()
-        return [p.detach().clone() for p in model.parameters()]
-
-    assert _same(run(audited=False), run(audited=True))
-
-
-def test_leaves_everything_as_it_was_when_the_model_fails() -> None:
-    model, optimizer, batch = _trained()
-    before = _snapshot(model, optimizer, batch)
-
-    def fails(model: nn.Module, batch: Any) -> Tensor:
-        classify(model, batch).backward()
-        raise RuntimeError("no labels today")
-
-    with pytest.raises(ModelError, match="RuntimeError: no labels today"):
-        diagnose(model, batch, fails, optimizer=optimizer)
-    assert _same(before, _snapshot(model, optimizer, batch))
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_model_in_eval_mode_is_audited_in_training_mode() -> None:
-    model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10)).eval()
-    seen: list[bool] = []
-    model.register_forward_pre_hook(lambda module, _: seen.append(module.training))
-    diagnose(model, rows(), classify)
-    assert seen == [True]
-    assert not model.training
-
-
 class Output(dict):  # type: ignore[type-arg]
     """As Hugging Face's models return."""
 
@@ -290,6 +182,32 @@ def test_wrapped_models_are_unwrapped() -> None:
 def test_wrong_use_is_told_in_a_sentence(args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         diagnose(*args)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, other = perceptron(32, 8, 4), perceptron(32, 8, 4)
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        diagnose(model, rows(classes=4), classify, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+def test_an_optimizer_that_needs_a_closure_is_not_tried() -> None:
+    model, batch, loss_fn = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    assert diagnose(model, batch, loss_fn, optimizer=optimizer, lr_test=True).ok
+
+
+def test_code_under_vmap_and_checkpoint_is_audited_as_far_as_it_shows() -> None:
+    model, (inputs, labels) = perceptron(32, 64, 10), rows()
+    nn.init.normal_(model[2].weight, std=3.0)
+
+    def mapped(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.vmap(lambda x, y: F.cross_entropy(model(x), y))(*batch).mean()
+
+    def recomputed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(checkpoint(model, batch[0], use_reentrant=False), batch[1])
+
+    for loss_fn in (mapped, recomputed):
+        assert named(diagnose(model, (inputs, labels), loss_fn), "bad_init").where == "2.weight"
 
 
 def test_a_loss_scale_must_be_positive() -> None:
@@ -502,6 +420,14 @@ def test_binary_targets_out_of_range() -> None:
     assert "outside 0 to 1" in named(told, "bad_labels").message
 
 
+def test_tokens_may_be_as_rare_as_they_like() -> None:
+    tokens, targets, alphabet = text_batch(8, 128)
+    counts = torch.bincount(targets.flatten(), minlength=alphabet)
+    assert counts.max() > 10 * counts.min()  # as samples they would be called imbalanced
+    model = nn.Sequential(nn.Embedding(alphabet, 16), nn.Linear(16, alphabet))
+    assert diagnose(model, (tokens, targets), next_token).ok
+
+
 def test_labels_that_are_all_ignored() -> None:
     inputs, labels = rows()
     told = diagnose(perceptron(32, 64, 10), (inputs, torch.full_like(labels, -100)), classify)
@@ -583,6 +509,15 @@ def test_worst_comes_first_and_all_of_it_is_printed() -> None:
     assert max(map(len, told.splitlines())) <= 120
     assert diagnosis.loss is None  # the labels ended the forward
     assert all(f.cure and f.source and f.message for f in diagnosis)
+
+
+def test_a_fault_in_every_layer_is_told_a_few_times() -> None:
+    model = perceptron(32, *[64] * 8, 10)
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=3.0)
+    told = [finding for finding in diagnose(model, rows(), classify) if finding.rule == "bad_init"]
+    assert len(told) == 4
+    assert told[-1].message.endswith("and so in 5 more places")
 
 
 def test_a_custom_norm_counts_as_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,15 @@ def _subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
     sys.modules.pop("subject", None)
+
+
+def test_arguments_do_without_torch() -> None:
+    """The command line is built where there is no torch, too."""
+    code = (
+        "import argparse, sys; from gradmon.diagnose.doctor import command;"
+        " command.add_arguments(argparse.ArgumentParser()); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def doctor(*argv: str) -> int:

@@ -46,8 +46,18 @@ def test_it_says_what_broke_first_and_what_was_done(tmp_path):
     assert text.startswith(
         "Training ran 700 steps on 2 ranks and finished; gradients broke first at step 120 on rank 1"
     )
-    assert "(NaN in backward 2)" in text
+    assert "(NaN in backward 2), before 10 more incidents; " in text
     assert text.endswith("gradmon rescaled 7 steps, skipped 4 and lowered the learning rate once.")
+
+
+def test_spikes_before_the_first_nan_are_said(tmp_path):
+    def script(rank, step):
+        one = spike(step) if step in (20, 30) else nonfinite(step, rank=0, here=True) if step == 40 else record(step)
+        return one, [] if one.healthy else [event(one)]
+
+    text = verdict(read_story(write_run(tmp_path, script, steps=50))).text
+    assert "broke first at step 40 on rank 0" in text
+    assert "after 2 spikes from step 20 on; gradmon" in text
 
 
 def test_a_healthy_run_is_said_to_be_healthy(tmp_path):

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from gradmon import data_watch
 from gradmon.config import Config, DataConfig
 from gradmon.data_watch import RULES, WHOLE_BYTES, BatchWatch
+from gradmon.landing import HostCopy
 from gradmon.record import Finding
 
 ALWAYS = DataConfig(every=1)
@@ -493,3 +495,37 @@ def test_odd_batches_do_no_harm() -> None:
     endless.append(endless)
     for batch in (None, 3, "text", [], {}, endless, [torch.tensor(1.0)] * 1000, torch.empty(0), {1: torch.ones(2)}):
         assert told(BatchWatch(ALWAYS), batch) == []
+
+
+class Travelling(HostCopy):
+    """A copy that has not landed before it is told so."""
+
+    here = False
+
+    def landed(self) -> bool:
+        return self.here
+
+
+def test_inputs_on_a_device_are_read_when_they_have_landed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device computes, computed here; CUDA itself is for tests/gpu."""
+    monkeypatch.setattr(data_watch, "HostCopy", Travelling)
+    monkeypatch.setattr(data_watch, "_on_host", lambda value: False)
+    monkeypatch.setattr(Travelling, "here", False)
+    watch = BatchWatch(ALWAYS)
+    far, bad = rows(seed=98), rows(seed=99)
+    far[0, 0] = 300.0
+    bad[:, 5] = math.inf
+    with NoReads():
+        assert told(watch, *(rows(seed=n) for n in range(10)), far, bad) == []
+    Travelling.here = True
+    found = watch.take()
+    assert [(f.rule, f.where) for f in found] == [("data_range", "batch"), ("data_nonfinite", "batch")]
+    assert "64 elements" in found[1].message
+    assert watch.samples()["nonfinite_samples"] == 1
+    assert told(watch, torch.full((4, 4), math.nan))[0:] == [], "lasts"
+
+
+class NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func), "a read would wait for the device"
+        return func(*args, **(kwargs or {}))

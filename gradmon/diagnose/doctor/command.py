@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradmon.record import Finding
 
 if TYPE_CHECKING:
-    from gradmon.diagnose.doctor import Diagnosis
+    from gradmon.diagnose.doctor.audit import Diagnosis
 
 _MARKS = {"error": "ERROR", "warning": "WARN", "info": "info"}
 _WIDTH = 118
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: what was named can't be used, or the model does not run on the batch.
     """
-    from gradmon.diagnose.doctor import diagnose
+    from gradmon.diagnose.doctor.audit import diagnose
 
     model, batch, loss_fn, optimizer = _subject(args)
     diagnosis = diagnose(model, batch, loss_fn, optimizer=optimizer, loss_scale=args.loss_scale, lr_test=args.lr_range)

@@ -64,7 +64,15 @@ def _judged(labels: Labels, *, alone: bool) -> Iterator[Finding]:
 
 
 def _out_of_range(labels: Labels) -> Finding:
-    allowed = "0 to 1" if labels.classes == 2 and labels.loss.startswith("binary") else f"0 to {labels.classes - 1}"
+    if labels.loss.startswith("binary"):
+        allowed, source = "0 to 1", "PyTorch, BCEWithLogitsLoss: targets between 0 and 1"
+        cure = "labels = labels.float().clamp(0, 1), or the loss for what they really are"
+    else:
+        allowed, source = f"0 to {labels.classes - 1}", "PyTorch, CrossEntropyLoss: 0 <= label < C"
+        cure = (
+            f"nn.Linear(width, {int(labels.highest) + 1}) as the head, or map the labels to 0..{labels.classes - 1};"
+            " ignore_index= for padding"
+        )
     return Finding(
         "bad_labels",
         labels.loss,
@@ -72,13 +80,8 @@ def _out_of_range(labels: Labels) -> Finding:
         f" {labels.lowest:g} to {labels.highest:g}",
         measured=float(labels.out_of_range),
         threshold=0.0,
-        source="PyTorch, CrossEntropyLoss: 0 <= label < C"
-        if not labels.loss.startswith("binary")
-        else "PyTorch, BCEWithLogitsLoss: targets between 0 and 1",
-        cure=f"nn.Linear(width, {int(labels.highest) + 1}) as the head, or map the labels to 0..C-1;"
-        " ignore_index= for padding"
-        if not labels.loss.startswith("binary")
-        else "labels = labels.float().clamp(0, 1), or the loss for what they really are",
+        source=source,
+        cure=cure,
         severity="error",
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from gradmon.diagnose.doctor.state import own_copy, untouched
-from gradmon.diagnose.doctor.trace import Operation, Scale, Trace, scale_of
+from gradmon.diagnose.doctor.trace import Operation, Scale, Trace, scale_of, tensors_in
 
 LossFunction = Callable[[nn.Module, Any], Any]
 
@@ -107,8 +107,8 @@ def probe(model: nn.Module, batch: Any, loss_fn: LossFunction, *, loss_scale: fl
     Raises:
         ModelError: forward, loss or backward failed, or the loss is not one number with a gradient.
     """
-    books = _LabelBook()
     mine = own_copy(batch)
+    books = _LabelBook(next((len(t) for t in tensors_in(mine) if t.dim()), 0))
     trace = Trace(model, mine, books.look)
     failure = ""
     with untouched(model, weights=False), torch.enable_grad():
@@ -270,9 +270,14 @@ def _inside(layer: str, outer: str) -> bool:
 
 
 class _LabelBook:
-    """Looks at what loss functions are given, before they run."""
+    """Looks at what loss functions are given, before they run.
 
-    def __init__(self) -> None:
+    Args:
+        samples: in the batch; as many labels are one per sample, more are tokens or pixels.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
         self._seen: list[Labels] = []
 
     def look(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -281,15 +286,21 @@ class _LabelBook:
         target = kwargs.get("target", args[1] if len(args) > 1 else None)
         if not isinstance(output, Tensor) or not isinstance(target, Tensor) or target.numel() == 0:
             return
-        labels = None
-        if name in ("cross_entropy", "nll_loss") and not target.is_floating_point():
-            labels = _class_labels(name, output, target, kwargs)
-        elif name.startswith("binary_cross_entropy"):
-            labels = _binary_labels(name, target, kwargs)
+        try:
+            labels = self._labels(name, output, target, kwargs)
+        except RuntimeError:  # inside torch.vmap labels have no values that could be looked at
+            return
         if labels is not None:
             self._seen.append(labels)
             if labels.out_of_range and labels.classes > 2:
                 raise _LabelsOutOfRangeError
+
+    def _labels(self, name: str, output: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> Labels | None:
+        if name in ("cross_entropy", "nll_loss") and not target.is_floating_point():
+            return _class_labels(name, output, target, kwargs, self._samples)
+        if name.startswith("binary_cross_entropy"):
+            return _binary_labels(name, target, kwargs, self._samples)
+        return None
 
     def with_values(self, operations: list[Operation]) -> tuple[Labels, ...]:
         """The labels, each with the value of its loss."""
@@ -303,11 +314,11 @@ class _LabelBook:
         return tuple(told)
 
 
-def _class_labels(name: str, output: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> Labels | None:
+def _class_labels(name: str, output: Tensor, target: Tensor, kwargs: Mapping[str, Any], samples: int) -> Labels:
     classes = output.shape[1] if output.dim() > 1 else output.shape[0]
     kept = target.detach()[target != kwargs.get("ignore_index", -100)]
     if kept.numel() == 0:
-        return Labels(name, classes, 0, math.nan, math.nan, 0, 0, 0, target.dim() <= 1, hard=True, weighted=False)
+        return Labels(name, classes, 0, math.nan, math.nan, 0, 0, 0, False, hard=True, weighted=False)
     wrong = int(((kept < 0) | (kept >= classes)).sum())
     counts = torch.bincount(kept.clamp(0, classes - 1).flatten(), minlength=classes)
     return Labels(
@@ -319,13 +330,13 @@ def _class_labels(name: str, output: Tensor, target: Tensor, kwargs: Mapping[str
         out_of_range=wrong,
         most=int(counts.max()),
         least=int(counts.min()),
-        per_sample=target.dim() <= 1 and output.dim() == 2,
+        per_sample=target.numel() == samples,
         hard=True,
         weighted=kwargs.get("weight") is not None,
     )
 
 
-def _binary_labels(name: str, target: Tensor, kwargs: Mapping[str, Any]) -> Labels:
+def _binary_labels(name: str, target: Tensor, kwargs: Mapping[str, Any], samples: int) -> Labels:
     positive = int((target > 0.5).sum())
     return Labels(
         loss=name,
@@ -336,7 +347,7 @@ def _binary_labels(name: str, target: Tensor, kwargs: Mapping[str, Any]) -> Labe
         out_of_range=int(((target < 0) | (target > 1)).sum()),
         most=max(positive, target.numel() - positive),
         least=min(positive, target.numel() - positive),
-        per_sample=target.numel() == target.shape[0],
+        per_sample=target.numel() == samples,
         hard=bool(((target == 0) | (target == 1)).all()),
         weighted=kwargs.get("weight") is not None or kwargs.get("pos_weight") is not None,
     )

@@ -236,7 +236,8 @@ class Trace(TorchFunctionMode):
     ) -> None:
         """Write an operation down, as the maker of these tensors."""
         out = made[0]
-        by_unit = kind == "activation"
+        scale = scale_of(out)
+        by_unit = kind == "activation" and scale is not None
         self.operations.append(
             Operation(
                 index=len(self.operations),
@@ -249,7 +250,7 @@ class Trace(TorchFunctionMode):
                 trained=any(t.requires_grad for t in made),
                 shape=tuple(out.shape),
                 dtype=out.dtype,
-                scale=scale_of(out),
+                scale=scale,
                 units=_units(name, out, channels_first=self._behind_convolution(inputs)) if by_unit else None,
                 **more,
             )
@@ -295,9 +296,16 @@ _FLAT_SIGMOID = 0.0025
 
 
 def scale_of(tensor: Tensor) -> Scale | None:
-    """Of a tensor's finite elements; None where it has none, or holds no floating-point numbers."""
+    """Of a tensor's finite elements; None where it has none, holds no floating-point numbers, or is under vmap."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_sparse:
         return None
+    try:
+        return _scale(tensor)
+    except RuntimeError:  # inside torch.vmap a tensor stands for many and has no values of its own
+        return None
+
+
+def _scale(tensor: Tensor) -> Scale:
     values = tensor.detach().float() if tensor.element_size() < 4 else tensor.detach()
     rms = torch.linalg.vector_norm(values) / values.numel() ** 0.5
     mean, rms_value, largest = torch.stack([values.mean(), rms, values.abs().amax()]).double().tolist()

@@ -106,13 +106,13 @@ def _tied_too_large(weight: Weight, std: float, expected: float) -> Finding:
     return Finding(
         "shared_weight",
         weight.name,
-        f"{known_as} has standard deviation {std:.3g}, as an embedding; as a layer it"
+        f"{known_as} has standard deviation {std:.3g}, as embeddings have; a layer"
         f" takes {expected:.3g}: what it puts out is {std / expected:.3g} times too large",
         measured=std / expected,
         threshold=INIT_FACTOR,
         source="Press & Wolf 2017; GPT-2 starts tied embeddings at 0.02",
-        cure=f"nn.init.normal_(model.get_parameter({weight.name!r}), std=0.02); or scale the shared weight where it is a"
-        " layer: F.linear(x, weight * width**-0.5); or detach it there: F.linear(x, weight.detach())",
+        cure=f"nn.init.normal_(model.get_parameter({weight.name!r}), std=0.02); or scale the shared weight where it is"
+        " a layer: F.linear(x, weight * width**-0.5); or detach it there: F.linear(x, weight.detach())",
     )
 
 
