@@ -22,15 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradmon import __version__
 from gradmon.config import IncidentConfig
-from gradmon.diagnose.bundle import Bundle, Draft, Forward, bundle_path, bundles_of, inputs_of, plain
+from gradmon.diagnose.bundle import Bundle, Draft, Forward, bundle_path, inputs_of, plain
 from gradmon.diagnose.operations import is_users
 from gradmon.diagnose.weights import plain_name
 from gradmon.record import RankIdentity, StepRecord
 
 #: Frames of the user's code that are kept of a forward call.
 _FRAMES = 12
-#: So many steps pass before the next bundle of the same kind: a burst is one incident, and an incident in every step must
-#: not copy a batch in every step.
+#: So many steps pass before the next bundle of the same kind: a burst is one incident, and an incident in every step
+#: must not copy a batch in every step.
 _STEPS_BETWEEN = 100
 
 

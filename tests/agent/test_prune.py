@@ -43,6 +43,7 @@ def test_bundles_and_the_marker_file_go_with_their_journals(tmp_path, instance):
     old = instance("old", days=8)
     for name in ("rank-00000-step-0000123.bundle", "health.json"):
         (old / "0" / name).write_text("ours")
+        os.utime(old / "0" / name, (0, 0))
     assert prune(tmp_path) == [old]
     assert not old.exists()
 
