@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "Monitor", "TrainingStopped", "__version__", "attach"]
+__all__ = ["Config", "ConfigError", "Diagnosis", "Monitor", "TrainingStopped", "__version__", "attach", "doctor"]
 
 if TYPE_CHECKING:
     from gradmon.config import Config, ConfigError
+    from gradmon.diagnose.doctor import Diagnosis, doctor
     from gradmon.exits import TrainingStopped
     from gradmon.monitor import Monitor, attach
 
@@ -23,6 +24,8 @@ _HOMES = {
     "attach": "monitor",
     "Monitor": "monitor",
     "TrainingStopped": "exits",
+    "doctor": "diagnose.doctor",
+    "Diagnosis": "diagnose.doctor",
     "Config": "config",
     "ConfigError": "config",
 }
