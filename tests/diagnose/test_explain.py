@@ -90,7 +90,6 @@ def test_the_watches_tell_of_it_in_events(journals: Path) -> None:
     assert all("rank" in e.message for e in lost)
 
 
-def test_should_stop_is_equal_on_all_ranks(journals: Path) -> None:
-    """The script's validation loss got worse; two observations are no streak, and both ranks know of both."""
+def test_all_ranks_know_of_a_validation_that_one_of_them_saw(journals: Path) -> None:
     for path in journals.rglob("rank-*.db"):
         assert read_journal(path).samples["early_stop"] == 0
