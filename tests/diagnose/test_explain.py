@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import one_bad_sample
@@ -21,7 +20,7 @@ WHERE = next(
 
 
 @pytest.fixture(scope="module")
-def journals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def journals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("explain")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GRADMON_")}
     environment |= {"GRADMON_DIR": str(directory), "GRADMON_RUN": "empty", "GRADMON_AGENT": "off"}
@@ -29,7 +28,7 @@ def journals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "saved what broke; run it again: gradmon replay" in done.stderr
-    yield directory
+    return directory
 
 
 def gradmon(*arguments: str) -> subprocess.CompletedProcess[str]:

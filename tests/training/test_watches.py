@@ -161,13 +161,17 @@ def test_a_scaler_that_skips_for_ever_leaves_a_bundle(tmp_path: Path, monkeypatc
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     monitor = gradmon.attach(model, optimizer)
-    with pytest.raises(gradmon.TrainingStopped):
+
+    def run() -> None:
         for step in range(1, 30):
             inputs = torch.full((4, FEATURES), math.nan if step > 5 else 1.0)
             optimizer.zero_grad()
             scaler.scale(model(inputs).square().mean()).backward()
             scaler.step(optimizer)
             scaler.update()
+
+    with pytest.raises(gradmon.TrainingStopped):
+        run()
     monitor.detach()
     (bundle,) = tmp_path.rglob("*.bundle")
     assert load_bundle(bundle).step == 15, "ten skips in a row"
