@@ -473,6 +473,8 @@ def _checked(name: str, kind: Any, spec: dataclasses.Field[Any], value: Any) -> 
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{name} must be {_NOUNS[kind]} (got {value!r}): {spec.metadata['help']}")
     low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
@@ -497,6 +499,8 @@ def _check_pattern(name: str, value: str) -> None:
         ) from None
 
 
+#: A number in YAML 1.2; PyYAML, which reads 1.1, takes it for a text.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 WAIT = "waiting for the other ranks' rows"
+#: Begins the names of the parts that watch data, loss and weights.
+WATCHES = "watches: "
 #: (module, class or None, function, part). A part's time is without that of the parts called from it.
 ENTRY_POINTS = (
     ("gradmon.monitor", "Monitor", "_before_step", "before the step: the rest"),
@@ -37,6 +39,13 @@ ENTRY_POINTS = (
     ("gradmon.local", "LocalHook", "_measure", "hook: this rank's row"),
     ("gradmon.local", "LocalHook", "_share", "hook: start sharing the rows"),
     ("gradmon.backward", "BackwardWatch", "_ended", "end of backward"),
+    ("gradmon.diagnose.capture", "Capture", "_before", f"{WATCHES}keep the batch"),
+    ("gradmon.data_watch", "BatchWatch", "seen", f"{WATCHES}look at the batch"),
+    ("gradmon.data_watch", "BatchWatch", "observe", f"{WATCHES}look at the batch"),
+    ("gradmon.weight_watch", "MomentSample", "norms", f"{WATCHES}moments"),
+    ("gradmon.guard", "Guard", "watch_losses", f"{WATCHES}the losses"),
+    ("gradmon.watches", "Watches", "learn", f"{WATCHES}the rest"),
+    ("gradmon.watches", "Watches", "end_step", f"{WATCHES}the rest"),
 )
 #: Makes the hooks that run at sentinels of backward.
 _MAKER = ("gradmon.backward", "BackwardWatch", "_hook_of", "sentinels in backward")

@@ -117,3 +117,13 @@ def test_described_config_reads_back_as_itself(tmp_path: Path) -> None:
     file = tmp_path / "described.yaml"
     file.write_text(describe(loaded))
     assert load(file, environ={}).config == loaded.config
+
+
+def test_a_number_may_have_an_exponent(tmp_path: Path) -> None:
+    """PyYAML reads `1e-8` as a text."""
+    file = tmp_path / "gradmon.yaml"
+    file.write_text("weights: {tiny_gradient: 1e-8, update_small: 2.E-7}\n")
+    loaded = load(file, {"GRADMON_CLIP__MAX_NORM": "1e3"}).config
+    assert (loaded.weights.tiny_gradient, loaded.weights.update_small, loaded.clip.max_norm) == (1e-8, 2e-7, 1000.0)
+    with pytest.raises(ConfigError, match="tiny_gradient must be a number"):
+        load({"weights": {"tiny_gradient": "1e-8 or so"}}, {})

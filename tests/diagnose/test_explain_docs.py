@@ -1,4 +1,4 @@
-"""The table of broken trainings in the docs: `python tests/diagnose/test_zoo.py` writes it."""
+"""Tables in the docs that come from code: `python tests/diagnose/test_explain_docs.py` writes them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import zoo_watch
 from healthy import HEALTHY
 
 from gradmon import diagnose
+from gradmon.diagnose.advice import advice_table
 
 ZOO = Path(diagnose.__file__).with_name("ZOO.md")
+ADVICE = ZOO.with_name("ADVICE.md")
 CASES = (*zoo_replay.BROKEN, *zoo_doctor.BROKEN, *zoo_watch.BROKEN)
 TOOLS = {"replay": "`gradmon replay`", "doctor": "`gradmon doctor`", "watch": "watch, while it trains"}
 
 
-def page() -> str:
+def zoo() -> str:
     healthy = ", ".join(one.name for one in HEALTHY)
     rows = []
     for case in CASES:
@@ -30,11 +32,23 @@ def page() -> str:
     )
 
 
-def test_the_docs_hold_the_table() -> None:
-    assert ZOO.read_text() == page()
+def advice() -> str:
+    return (
+        "# What gradmon report advises\n\nEach rule asks the journals for its symptom; where it is there, the report "
+        "says so with the run's own numbers.\n\n" + advice_table().strip() + "\n"
+    )
+
+
+def test_the_docs_hold_the_tables() -> None:
+    assert ZOO.read_text() == zoo()
+    assert ADVICE.read_text() == advice()
+
+
+def test_there_are_enough_of_each() -> None:
     assert len({(case.tool, case.name) for case in CASES}) == len(CASES) >= 15
     assert len(HEALTHY) == 10
 
 
 if __name__ == "__main__":
-    ZOO.write_text(page())
+    ZOO.write_text(zoo())
+    ADVICE.write_text(advice())
