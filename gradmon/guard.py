@@ -51,6 +51,7 @@ class Guard:
         self._policy = Policy(config, self._world_size)
         self._loss_watch = LossWatch(config.loss)
         self._validations = 0
+        self._was_healthy = True
         self._newest: StepRecord | None = None
         self._learned = 0
         self.snapshots: Snapshots | None = None
@@ -128,13 +129,15 @@ class Guard:
             return []
         record = peeked.record
         new, self._validations = peeked.validations != self._validations, peeked.validations
+        healthy = self._was_healthy if late else record.healthy
+        self._was_healthy = record.healthy
         step = record.step - late
         found = self._loss_watch.update(
             step,
             peeked.mean_loss,
             peeked.losses or None,
             peeked.validation_loss if new else None,
-            healthy=record.healthy,
+            healthy=healthy,
         )
         return [finding.event(step, record.wall_seconds) for finding in found]
 

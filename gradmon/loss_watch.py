@@ -263,8 +263,9 @@ class LossWatch:
         enough = len(window.ordered) >= ACTIVE_FROM
         if self._config.spike_ratio:
             limit = self._spike_limit(loss) if enough else math.inf
-            if self._stretches.begins("loss_spike", loss > limit):
-                found.append(self._spike(loss, limit, healthy))
+            # Of a step whose gradients spiked too the guard has told.
+            if self._stretches.begins("loss_spike", healthy and loss > limit):
+                found.append(self._spike(loss, limit))
         fell = enough and self._has_fallen(loss)
         self._floored = self._floored + 1 if 0 <= loss <= self._config.low_floor else 0
         floored = self._config.low_floor > 0 and self._floored >= ACTIVE_FROM
@@ -306,13 +307,13 @@ class LossWatch:
         margin = max((ratio - 1) * abs(middle), self._config.spike_sigmas * window.sigma())
         return max(usual + (ratio - 1) * abs(usual), middle + margin) if margin > 0 else math.inf
 
-    def _spike(self, loss: float, limit: float, healthy: bool) -> Finding:
+    def _spike(self, loss: float, limit: float) -> Finding:
         middle = self._window.median()
-        gradients = "its gradients were not out of the ordinary" if healthy else "its gradients were not healthy either"
         return Finding(
             rule="loss_spike",
             where="",
-            message=f"the loss {loss:.4g} stands far above its running median {middle:.4g}; {gradients}",
+            message=f"the loss {loss:.4g} stands far above its running median {middle:.4g}, though its gradients "
+            "were not out of the ordinary",
             measured=loss,
             threshold=limit,
             source="running median and quartiles of the last 128 losses",

@@ -185,9 +185,12 @@ class Finding:
     severity: Literal["error", "warning", "info"] = "warning"
 
     def event(self, step: int, wall_seconds: float, rank: int | None = None) -> Event:
-        """As it is told while training runs; nothing is done about it."""
-        kind = cast("Reason", self.rule)
-        return Event(step, wall_seconds, kind, "none", False, rank, self.where or None, self.message)
+        """As it is told while training runs; nothing is done about it. `where` may name a rank, `rank 3`."""
+        kind, where = cast("Reason", self.rule), self.where or None
+        named = self.where.removeprefix("rank ")
+        if named != self.where and named.isdecimal():
+            rank, where = int(named), None
+        return Event(step, wall_seconds, kind, "none", False, rank, where, self.message)
 
 
 class Landing(Protocol):

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 from gradmon import rules
 from gradmon.agent.launch import agent_address, wait_for_agent
 from gradmon.identity import choose_directory, page_hint
 from gradmon.journal import read_journal
-from gradmon.record import Event
+from gradmon.record import Event, LossReason
 from gradmon.stack import ServerError, Stack, StackOptions
 
 
@@ -146,10 +147,12 @@ def _train(directory: Path, options: DemoOptions, result: Path) -> int:
 
 
 def _report(result: dict[str, object], options: DemoOptions) -> None:
-    events = [event for _, event in read_journal(Path(str(result["journal"]))).events]
+    told = [event for _, event in read_journal(Path(str(result["journal"]))).events]
+    events = [event for event in told if event.kind not in get_args(LossReason)]  # they repeat what gradients show
     print(event_table(events) if events else "Nothing happened: no step was touched.")
     loss = float(str(result["validation_loss"]))
     print(f"\nValidation loss: {loss:.3f}" + ("" if math.isfinite(loss) else "   <- the weights are NaN"))
+    print(f"What happened, with charts and advice: gradmon report {Path(str(result['journal'])).parent}")
     if options.guard:
         return
     if not math.isfinite(loss) or loss > float(str(result["first_loss"])) - 1.0:

@@ -183,7 +183,7 @@ def watch_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             "GradmonLossUnusual",
             "info",
             "events",
-            grown(_EVENTS, 'kind=~"loss_.+"', settings.event_window),
+            grown(_EVENTS, 'kind=~"loss_(constant|flat|low|outlier|rising|spike)"', settings.event_window),
             "{{ $labels.run }}: the loss behaves unusually",
             "The loss of run {{ $labels.run }} spikes, stands still, is constant or suspiciously low, or one rank's "
             "stands out. The event says which, and gradmon report what it usually means.",
