@@ -123,19 +123,20 @@ def _life() -> Sequence[Any]:
         lines("Trouble in the data", "What the watch over the batches found, by rank: NaN, values out of range, the "
             "same batch twice, labels of mostly one class. Empty is good.", "none", Query(
             f"topk(10, sum {BY_RANK} (increase(gradmon_data_findings_total{{{RANK}}}[$__rate_interval])) > 0)",
-            "rank {{rank}}"), lowest=0, bars=True, points=_POINTS, runbook="GradmonBadData"),
+            "rank {{rank}}"), lowest=0, bars=True, points=_POINTS, width=6, runbook="GradmonBadData"),
         lines("Failures of gradmon itself", "Parts of gradmon that failed inside a training process; training went on "
             "without them.", "none", Query(
             f"sum by (part) (increase(gradmon_errors_total{{{RANK}}}[$__rate_interval]))", "{{part}}"), lowest=0,
-            bars=True, points=_POINTS, runbook="GradmonUnwell"),
+            bars=True, points=_POINTS, width=6, runbook="GradmonUnwell"),
         bars("Longest without a step", "Time since a rank's last step, the longest ten. All alike: the run stands or "
             "is paused.", "s", Query(f"sort_desc(topk(10, max {BY_RANK} (gradmon_last_step_age_seconds{{{RANK}}})))",
-            "rank {{rank}}"), steps=((None, GOOD), (THRESHOLDS.stuck_seconds, BAD)), runbook="GradmonRunStuck"),
+            "rank {{rank}}"), steps=((None, GOOD), (THRESHOLDS.stuck_seconds, BAD)), width=6,
+            runbook="GradmonRunStuck"),
         lines("Threads and open files", "Threads and open files of the process with most of them; open files that "
             "only grow are a leak.", "none",
             Query(f"max({ranked('gradmon_process_threads')})", "threads"),
             Query(f"max({ranked('gradmon_process_open_fds')})", "open files"),
-            look={"threads": Line(NOTE), "open files": Line(WARN)}, lowest=0, points=_POINTS, fill=0),
+            look={"threads": Line(NOTE), "open files": Line(WARN)}, lowest=0, points=_POINTS, fill=0, width=6),
     )  # fmt: skip
 
 

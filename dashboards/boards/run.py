@@ -109,11 +109,11 @@ def _learning() -> Sequence[Any]:
         lines("Moments of the optimizer", "Norms of the optimizer's running means of gradients and of their squares. "
             "A second moment that jumps slows learning down for long after a spike.", "none",
             Query(of_run("gradmon_first_moment_norm"), "first"), Query(of_run("gradmon_second_moment_norm"), "second"),
-            look={"first": Line(NOTE), "second": Line(WARN, width=1)}, log=True, fill=0),
+            look={"first": Line(NOTE), "second": Line(WARN, width=1)}, log=True, fill=0, width=6),
         lines("Gradient noise scale over batch size", (
             "Above 1 the gradients are mostly noise and a larger batch still pays; far below 1 a smaller batch would "
             "learn as much per step."), "none", Query(of_run("gradmon_grad_noise_scale_ratio"), "noise / batch"),
-            steps=((None, "transparent"), (1, NOTE)), lowest=0, color=CALM),
+            steps=((None, "transparent"), (1, NOTE)), lowest=0, color=CALM, width=6),
         lines("Before the ranks meet", (
             "Gradient norms of the single ranks before they are averaged. The largest far above the others' usual "
             "size: one rank has bad data or a bad GPU; all of them high: the training itself."), "none",
@@ -121,12 +121,12 @@ def _learning() -> Sequence[Any]:
             Query(of_run("gradmon_local_grad_norm_rms"), "all ranks (rms)"),
             Query(of_run("gradmon_grad_norm"), "averaged"),
             look={"largest rank": Line(WARN, width=1), "all ranks (rms)": Line(NOTE), "averaged": Line(GOOD, width=1)},
-            log=True, fill=0),
+            log=True, fill=0, width=6),
         lines("NaN and Inf", (
             "Elements of the averaged gradients that are not numbers, per interval. Such steps are skipped; the "
             "Ranks dashboard says whose they were."), "none",
             Query(grown(f"gradmon_nonfinite_elements_total{{{RUN}}}", "kind"), "{{kind}} elements"),
-            bars=True, look={"nan elements": Line(BAD), "inf elements": Line(WARN)},
+            bars=True, look={"nan elements": Line(BAD), "inf elements": Line(WARN)}, width=6,
             runbook="GradmonNonfiniteGradients"),
     )  # fmt: skip
 
