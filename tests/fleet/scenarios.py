@@ -160,7 +160,8 @@ def story(seed_rank: int = 1) -> Scenario:
         Change("gradmon_gpu_device_memory_used_bytes", 2100.0, rank=2, rate=6 * MIB),
     ]
     saves = [Change("gradmon_paused", at, at + 25.0, put=1.0) for at in (600.0, 1200.0, 1800.0, 3000.0)]
-    told = Scenario(tuple(wrong_rate + gap + slow + grows + saves))
+    bad_data = [_count("gradmon_data_findings_total", 1280.0, 2.0, 40.0, rank=5)]
+    told = Scenario(tuple(wrong_rate + gap + slow + grows + saves + bad_data))
     told += spikes(720.0, 10.0, seed_rank, factor=9.0, count=2.0)
     told += nonfinite(1300.0, 4.0, 5, count=3.0)
     told += spikes(2405.0, 45.0, 0, factor=5.0, count=6.0)
@@ -242,6 +243,10 @@ def _learns_nothing(at: float, early: float) -> Scenario:
             *(Change(name, early + 1.0, rate=1e-5) for name in losses),
             Change("gradmon_validation_loss", early, put=5.0),
             Change("gradmon_nonfinite_losses_total", at, rate=1.0, rank=1),
+            Change("gradmon_data_findings_total", at, rate=1.0, rank=1),
+            Change("gradmon_early_stop", at, put=1.0),
+            _event(at, "loss_flat"),
+            _event(at, "weights_unchanged"),
         )
     )
 
