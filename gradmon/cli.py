@@ -19,9 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(argv[0] if argv else "").parse_args(argv)
     try:
         code: int = args.command(args)
+        sys.stdout.flush()
     except ValueError as error:  # ConfigError, DirectoryError: the user's mistake, in a sentence
         print(f"gradmon: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has enough of it, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code
 
 

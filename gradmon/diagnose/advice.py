@@ -50,7 +50,8 @@ def advise(story: Story) -> list[Advice]:
     for rule in RULES:
         evidence = rule.evidence(story)
         if evidence:
-            cures = tuple(cure.replace("BUNDLE", bundle) for cure in rule.cures)
+            cures = tuple(_NO_BUNDLE if cure == _REPLAY and best is None else cure for cure in rule.cures)
+            cures = tuple(cure.replace("BUNDLE", bundle) for cure in cures)
             found.append(Advice(rule.name, rule.seen, evidence, rule.causes, cures, rule.urgent))
     return sorted(found, key=lambda advice: not advice.urgent)
 
@@ -65,6 +66,12 @@ def advice_table() -> str:
 
 
 _REPLAY = "run `gradmon replay BUNDLE --model module:factory`: it names the operation that broke first"
+
+#: In its place where there is none: what is kept are steps whose gradients broke.
+_NO_BUNDLE = (
+    "no incident's bundle lies here to be replayed (a NaN loss with finite gradients saves none): run that batch alone,"
+    " under `torch.autograd.detect_anomaly()`"
+)
 
 _GRADIENTS = (
     Rule(
@@ -175,8 +182,14 @@ _GRADIENTS = (
     Rule(
         "norms drift up",
         "gradient norms grow far above their lowest level, or the run was rolled back",
-        ("the learning rate is too high for where the run is now", "weights that grow without bound", "changed data"),
         (
+            "the learning rate is too high for where the run is now",
+            "gradients that add up from step to step: no `optimizer.zero_grad()`",
+            "weights that grow without bound",
+            "changed data",
+        ),
+        (
+            "see that `optimizer.zero_grad()` is called once per step, before the backward",
             "lower the learning rate and watch; decay it sooner",
             "add weight decay (0.01 to 0.1 with AdamW, none on norms and biases)",
             "keep snapshots: `rollback.every_steps: 200`, with an observed loss",
@@ -193,12 +206,14 @@ _GRADIENTS = (
             "depth without residuals and norms",
             "initial weights too small",
             "loss at 0",
+            "where the norm is exactly 0: a batch without a label that counts (all `ignore_index`), `detach()`",
         ),
         (
             "He initialisation for ReLU, Xavier for tanh and sigmoid",
             "LeakyReLU, SELU or GELU in place of sigmoid, tanh and ReLU",
             "residual connections and normalisation layers; else a simpler or shallower model",
             "audit the profile over the layers: `gradmon doctor module:factory`",
+            "leave batches out in which every label is ignored: `if (labels != -100).any()`",
         ),
         symptoms.vanished,
         urgent=True,
@@ -279,7 +294,7 @@ _LOSS = (
         (
             _REPLAY,
             "an epsilon in log and division; losses from logits (`cross_entropy`, `binary_cross_entropy_with_logits`)",
-            "check inputs and labels when they are loaded",
+            "check inputs and labels when they are loaded; leave batches out in which every label is ignored",
         ),
         symptoms.loss_not_finite,
     ),

@@ -8,6 +8,7 @@ the magnitude jumps.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from gradmon.record import Finding
 JUMP = 30.0
 #: A sample stands out if its largest value is so many times the median sample's.
 OUTLIER = 10.0
+#: A row may be masked by several of them together; so many are named.
+_MASKS_NAMED = 3
+_ROWS_NAMED = 4
 #: Rows of the table.
 _GROWTHS = 8
 #: An operation that makes less than this share of the largest value around is in no table.
@@ -47,8 +51,8 @@ _CURES = {
     "scaled_dot_product_attention": "leave one key of each query unmasked",
     "nll_loss": "skip batches in which every label is ignore_index: if (labels != -100).any()",
     "mean": "skip what is empty, its mean is 0/0: if x.numel()",
-    "std": "torch.sqrt(x.var(0) + 1e-6); of one sample: unbiased=False",
-    "var": "of one sample: unbiased=False",
+    "std": "torch.sqrt(x.var(0, unbiased=False) + 1e-6); with unbiased=True one sample is 0/0: drop_last=True",
+    "var": "x.var(0, unbiased=False), as unbiased=True makes 0/0 of one sample; or DataLoader(drop_last=True)",
     "cdist": "torch.cdist has no slope at 0: add 1e-6 to one side, or leave the diagonal out",
     "to": "the value does not fit the smaller type: train in bf16 in place of fp16, or scale it before",
     "acos": "torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))",
@@ -59,6 +63,45 @@ _CURES = {
     "mul": "scale or normalise what is multiplied; clip the gradients",
     "sub": "Inf - Inf is NaN: keep both sides finite before",
 }
+#: (operation, what it gave) -> what alone can give that: a fact of arithmetic.
+_WHY = {
+    ("log", "-Inf"): "the logarithm of 0",
+    ("log", "NaN"): "the logarithm of a negative number",
+    ("sqrt", "NaN"): "the root of a negative number",
+    ("rsqrt", "NaN"): "the root of a negative number",
+    ("rsqrt", "Inf"): "1 / sqrt(0)",
+    ("div", "NaN"): "0 / 0",
+    ("reciprocal", "Inf"): "1 / 0",
+    ("acos", "NaN"): "the argument is outside of -1 to 1",
+    ("asin", "NaN"): "the argument is outside of -1 to 1",
+    ("sqrt backward", "Inf"): "the slope of sqrt at 0",
+    ("norm backward", "NaN"): "the slope of a norm at 0",
+    ("pow", "NaN"): "a negative number to a power that is no whole number",
+    ("mean", "NaN"): "the mean of nothing",
+}
+#: Beyond fp16's range already: what overflowed was no half precision.
+_BEYOND_HALF = 65504.0
+#: Their gradient has the rows of what they were given, as their output has.
+ELEMENTWISE = frozenset(
+    {
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "sqrt",
+        "rsqrt",
+        "div",
+        "reciprocal",
+        "acos",
+        "asin",
+        "atan2",
+        "exp",
+        "pow",
+        "norm",
+    }
+)
+#: A module that is on the way to an overflow so often is a recurrence.
+_RECURRENCE = 8
 _PRODUCTS = frozenset({"addmm", "mm", "bmm", "matmul", "conv", "baddbmm", "linear", "square", "mul", "cumprod", "prod"})
 
 
@@ -91,13 +134,40 @@ def blame_bad(ends: list[tuple[str, Seen]]) -> Blame | None:
     root, maker = seen.root, seen.nan_maker
     steps = []
     if isinstance(root, Operation) and isinstance(root.fed_by, (Operation, Given)):
-        steps.append(f"the -Inf came from {_named(root.fed_by)}")
+        sources = root.masks[:_MASKS_NAMED] if root.fed_by in root.masks else (root.fed_by,)
+        steps.append(f"the -Inf came from {' and from '.join(map(_named, sources))}")
     if maker is not None and maker is not root:
         steps.append(f"it became NaN in {_named(maker)}")
     steps.append(f"it reached {_end(end)} ({seen.holds.told()})")
     if isinstance(root, Operation):
+        steps = _growth_before(root) + steps
         return Blame(_of_operation(root), root, steps, end)
     return Blame(_of_given(root), None, steps, end)
+
+
+def _growth_before(root: Operation) -> list[str]:
+    """How what overflowed had become so large, where it was before; one sentence or none."""
+    grown = _grown_before(root)
+    if not grown or not root.largest_input > _BEYOND_HALF:
+        return []
+    modules = Counter(op.module for op in grown if op.module).most_common(3)
+    named = ", ".join(f"{name} ({times} times)" if times > 1 else name for name, times in modules)
+    through = f", {'most often ' if modules[0][1] > 1 else ''}in {named}" if modules else ""
+    return [
+        f"its input had grown from {grown[0].largest_input:.3g} to {root.largest_input:.3g} over {len(grown)}"
+        f" operation{'s' if len(grown) > 1 else ''}{through}"
+    ]
+
+
+def _grown_before(root: Operation) -> list[Operation]:
+    before = Seen(root.grew_from, root.holds)
+    return [op for op in path_of(before)[0] if _grows(op)]
+
+
+def _recurrence(root: Operation) -> str:
+    """Module through which the values went again and again, growing; empty if there is none."""
+    often = Counter(op.module for op in _grown_before(root) if op.module).most_common(1)
+    return often[0][0] if often and often[0][1] >= _RECURRENCE else ""
 
 
 def _of_operation(root: Operation) -> Finding:
@@ -107,7 +177,8 @@ def _of_operation(root: Operation) -> Finding:
     elif root.fed_by is not None:
         message = f"{root.name} made {told} out of -Inf"
     else:
-        message = f"{root.name} gave {told} out of finite inputs (largest {root.largest_input:.3g})"
+        why = _WHY.get((root.name, told)) or f"largest {root.largest_input:.3g}"
+        message = f"{root.name} gave {told} out of finite inputs ({why})"
     return Finding(
         rule="broken_operation",
         where=root.place(),
@@ -133,7 +204,14 @@ def _of_given(root: Given | None) -> Finding:
     told = root.told or f"{root.name} holds {root.holds.told()}"
     rule = {"input": "broken_input"}.get(root.kind, "broken_weights")
     count = float(root.holds.nan_count + root.holds.inf_count)
-    return Finding(rule, root.name, told, count, 0.0, _ARITHMETIC, cures[root.kind], "error")
+    cure = cures[root.kind]
+    if root.kind == "parameter" and 0 < len(root.holds.rows) < root.holds.of_rows:
+        rows = root.holds.rows
+        more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
+        named = ", ".join(map(str, rows[:_ROWS_NAMED]))
+        told += f" in row{'s' if len(rows) > 1 else ''} {named}{more} of its {root.holds.of_rows}"
+        cure += "; if they came so from a file, make these rows anew"
+    return Finding(rule, root.name, told, count, 0.0, _ARITHMETIC, cure, "error")
 
 
 def blame_jump(ends: list[tuple[str, Seen]], suspect: str | None, inputs: list[tuple[Given, Tensor]]) -> Blame | None:
@@ -253,6 +331,16 @@ def _cure(operation: Operation) -> str:
     first = operation.name.split(" ")[0]
     if first.startswith("upsample"):
         first = "upsample"
+    if first in _PRODUCTS and operation.holds.bad and operation.largest_input > _BEYOND_HALF:
+        if again := _recurrence(operation):
+            return (
+                f"{again} is applied again and again and multiplies by more than 1 each time: nn.GRU or nn.LSTM, a norm"
+                " layer in the loop, nn.init.orthogonal_ with gain 1, or shorter sequences"
+            )
+        return (
+            f"what goes in is far too large already ({operation.largest_input:.3g}): lower the learning rate, clip the"
+            " gradients, and go on from a checkpoint of before; or look for the growth in the table below"
+        )
     if first in _PRODUCTS and operation.holds.bad:
         half = "fp16, whose largest number is 65504: train in bf16, or scale the inputs down"
         return f"the product is too large for its type; {half}"

@@ -228,6 +228,8 @@ def parting_text(one: Parting) -> str:
     if one.first_difference > 1:
         same = f"{what}: bit-identical before step {one.first_difference:,}"
     if one.beyond_noise is None or one.values is None:
+        if one.shared_steps < _WINDOW:
+            return f"{same}; the {one.shared_steps:,} steps that both have are too few to tell it from noise"
         return f"{same}, never beyond noise"
     a, b = one.values
     return f"{same}, beyond noise from step {one.beyond_noise:,} on ({number(a)} and {number(b)})"

@@ -29,6 +29,12 @@ def named(spec: str, option: str) -> Any:
     module_name, colon, path = spec.partition(":")
     if not colon or not module_name or not path:
         raise FactoryError(f"{option} must be module:name (got {spec!r}), such as train:make_model")
+    if module_name.endswith(".py") or "/" in module_name or module_name.startswith("."):
+        file = Path(module_name)
+        where = f", run in {file.parent}" if file.parent != Path() else ""
+        raise FactoryError(
+            f"{option} must name a module, not a file (got {spec!r}): {file.name.removesuffix('.py')}:{path}{where}"
+        )
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
@@ -40,6 +46,10 @@ def named(spec: str, option: str) -> Any:
         raise FactoryError(
             f"{option} {spec}: no module {error.name}; run this where it lies, or put that directory in PYTHONPATH"
         ) from None
+    except SystemExit as error:
+        raise FactoryError(f"{option} {spec}: importing {module_name} {_ended(error)}") from None
+    except SyntaxError as error:
+        raise FactoryError(f"{option} {spec}: {module_name} is no valid Python: {error}") from None
     except Exception as error:  # the user's module runs here: whatever it raises is told as it is
         raise FactoryError(
             f"{option} {spec}: importing {module_name} failed with {_told(error)};"
@@ -81,6 +91,8 @@ def made(spec: str, option: str) -> Any:
         )
     try:
         return factory()
+    except SystemExit as error:
+        raise FactoryError(f"{option} {spec} {_ended(error)}") from None
     except Exception as error:  # the user's function: whatever it raises is told as it is
         raise FactoryError(f"{option} {spec} failed with {_told(error)}") from error
 
@@ -106,6 +118,13 @@ def _needed(factory: Callable[..., Any]) -> list[str]:
     except (TypeError, ValueError):
         return []
     return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _ended(error: SystemExit) -> str:
+    return (
+        f"ended the program (exit {error.code}); code that parses the command line or trains must stand under"
+        " `if __name__ == '__main__':`, not where the model is made"
+    )
 
 
 def _told(error: Exception) -> str:

@@ -126,7 +126,7 @@ def choose_run(directory: Path, run: str | None = None) -> Chosen:
 
     Args:
         directory: of the journals, of a run, an instance or an attempt, or an archive.
-        run: its name; None: whichever started last.
+        run: its name, or `run/instance`; None: whichever started last.
 
     Raises:
         NoJournalsError: there is none, or none of that name.
@@ -142,7 +142,7 @@ def choose_run(directory: Path, run: str | None = None) -> Chosen:
     groups: dict[tuple[str, str, str], list[Place]] = {}
     for place in places:
         groups.setdefault((place.user, place.run, place.instance), []).append(place)
-    wanted = {key: found for key, found in groups.items() if run in (None, key[1])}
+    wanted = {key: found for key, found in groups.items() if run in (None, key[1], f"{key[1]}/{key[2]}")}
     if not wanted:
         names = ", ".join(sorted({name for _, name, _ in groups}))
         raise NoJournalsError(f"{directory} holds no run named {run}; --run takes one of: {names}")

@@ -49,6 +49,8 @@ _AS_WRITTEN = {
     "unsafe_view": "view",
     "nll_loss2d": "nll_loss",
 }
+#: Rows of longer tensors are not named: nobody reads that many.
+_MOST_ROWS = 1 << 20
 #: These hand out memory as it is: what it holds means nothing.
 _UNWRITTEN = frozenset({"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "resize"})
 #: These do not read what they write over.
@@ -105,7 +107,8 @@ def contents(value: Tensor) -> Contents | None:
         if math.isfinite(low) and math.isfinite(high):
             return Contents(max(abs(low), abs(high)))
         finite = torch.isfinite(x)
-        rows: list[int] = (~finite).flatten(1).any(1).nonzero().flatten().tolist() if x.dim() > 1 else []
+        broken = (~finite).flatten(1).any(1) if x.dim() > 1 else ~finite
+        rows: list[int] = broken.nonzero().flatten().tolist() if 0 < broken.numel() <= _MOST_ROWS and x.dim() else []
         return Contents(
             float(torch.where(finite, x, torch.zeros_like(x)).abs().max()),
             int(torch.isnan(x).sum()),
@@ -169,6 +172,8 @@ class Operation:
     """Which made a NaN out of the root's Inf; None where there is no NaN."""
     meant: bool = False
     """True if it writes an Inf because it was told to."""
+    masks: tuple[Operation, ...] = field(default=(), repr=False)
+    """All that wrote an Inf into its inputs, or into itself, because they were told to; the first one's first."""
 
     @property
     def growth(self) -> float:
@@ -382,12 +387,15 @@ def _explain(operation: Operation, holds: Contents, inputs: list[Seen], numbers:
     if not holds.bad:
         return
     bad = [seen for seen in inputs if seen.holds.bad]
+    told_to = any(not math.isfinite(n) for n in numbers)
+    masks = [mask for seen in bad if isinstance(seen.origin, Operation) for mask in seen.origin.masks]
+    operation.masks = tuple(dict.fromkeys([*masks, *([operation] if told_to else [])]))
     # A NaN tells more than an Inf, a mistake more than a mask, the first more than what came of it.
     first = min(bad, key=lambda seen: (_meant(seen.root), not seen.holds.nan_count, _time(seen.root)), default=None)
     makes_nan = holds.nan_count > 0 and not any(seen.holds.nan_count for seen in bad)
     if first is None:
         operation.root = operation
-        operation.meant = any(not math.isfinite(n) for n in numbers)
+        operation.meant = told_to
     elif makes_nan and _meant(first.root):
         operation.root, operation.fed_by = operation, first.root
     else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmon.diagnose import factory
-from gradmon.diagnose.blame import Blame, blame_bad, blame_jump, growths, norm_of
+from gradmon.diagnose.blame import ELEMENTWISE, Blame, blame_bad, blame_jump, growths, norm_of
 from gradmon.diagnose.bundle import (
     Bundle,
     Fields,
@@ -35,6 +35,8 @@ from gradmon.diagnose.weights import load_weights, plain_name, put_weights
 Verdict = Literal["reproduced", "not reproduced", "unclear"]
 #: A spike is reproduced if the replay's norm reaches this share of the one recorded.
 _SAME = 0.5
+#: No sound parameter holds a larger value.
+_BLOWN_UP = 1e5
 
 
 class ReplayError(ValueError):
@@ -147,12 +149,7 @@ def replay(
     notes = list(bundle.notes)
     where = _device(device, bundle.forwards[0], notes)
     model = model.to(where)
-    if bundle.weights is not None:
-        put_weights(model, bundle.weights)
-    elif weights is not None:
-        put_weights(model, weights)
-    else:
-        notes.append("the weights are as the factory makes them, which may not reproduce: give --weights CHECKPOINT")
+    weights_known = _put_weights(model, bundle, weights, notes)
     runs: list[_Run] = []
     for forward in bundle.forwards:
         runs.append(_run(bundle, forward, model, loss_fn, where, notes))
@@ -165,16 +162,17 @@ def replay(
             "the loss was computed outside of the model and is not in the bundle: the sum of the outputs stands for it;"
             " give --loss module:function"
         )
-    return _answer(bundle, run, model, list(dict.fromkeys(notes)))
+    notes += _far_too_large(model)
+    return _answer(bundle, run, model, list(dict.fromkeys(notes)), weights_known=weights_known)
 
 
-def _answer(bundle: Bundle, run: _Run, model: nn.Module, notes: list[str]) -> Replay:
+def _answer(bundle: Bundle, run: _Run, model: nn.Module, notes: list[str], *, weights_known: bool) -> Replay:
     gradients = [(name, seen) for name, seen in run.ends if not name.startswith("the ")]
     blame = blame_bad(run.ends)
     if blame is not None and blame.culprit is not None:
         message = blame.finding.message + _of_samples(blame.culprit, run.forward)
         blame = dataclasses.replace(blame, finding=dataclasses.replace(blame.finding, message=message))
-    verdict, why = _verdict(bundle, run, blame)
+    verdict, why = _verdict(bundle, run, blame, weights_known=weights_known)
     if blame is None and bundle.record.reason == "spike" and verdict != "not reproduced":
         blame = blame_jump(gradients, bundle.record.parameter, run.inputs)
     named = bundle.record.parameter
@@ -201,16 +199,17 @@ def _of_samples(culprit: Operation, forward: Forward) -> str:
     """Which samples of the batch an operation broke on, where its rows are the batch's."""
     batch = {t.shape[0] for _, v in inputs_of(forward.args, forward.kwargs) for _, t in tensors_in(v, "") if t.dim()}
     rows, size = culprit.holds.rows, culprit.holds.of_rows
-    if culprit.backward or batch != {size} or len(rows) == size:
+    each_its_own = not culprit.backward or culprit.name.split(" ")[0] in ELEMENTWISE
+    if not each_its_own or batch != {size} or len(rows) == size:
         return ""
     return f" in {samples_named(rows, forward.indices)} of the batch"
 
 
-def _verdict(bundle: Bundle, run: _Run, blame: Blame | None) -> tuple[Verdict, str]:
+def _verdict(bundle: Bundle, run: _Run, blame: Blame | None, *, weights_known: bool) -> tuple[Verdict, str]:
     record = bundle.record
     if blame is not None:
         return "reproduced", f"the replay is not finite ({blame.steps[-1]})"
-    suspect = "suspect hardware or a race"
+    suspect = _suspect(bundle, weights_known=weights_known)
     if record.reason != "spike":
         if not run.has_loss:
             return "unclear", "the outputs and their gradients are finite, but the loss itself is not in the bundle"
@@ -223,6 +222,60 @@ def _verdict(bundle: Bundle, run: _Run, blame: Blame | None) -> tuple[Verdict, s
     if run.norm >= min(_SAME * recorded, limit):
         return "reproduced", told
     return "not reproduced", f"{told}; {suspect}"
+
+
+def _put_weights(model: nn.Module, bundle: Bundle, given: Mapping[str, Tensor] | None, notes: list[str]) -> bool:
+    """Give the model the step's weights; False where they are not known, and the factory's have to do."""
+    chosen = bundle.weights if given is None else given
+    if chosen is not None and given is None and _broken_by_the_step(bundle, chosen):
+        notes.append(
+            "the step was not skipped and broke the weights, which were saved after it: they are not used here, but"
+            " mode: guard would have kept them whole"
+        )
+        chosen = None
+    if chosen is None:
+        notes.append("the weights are as the factory makes them, which may not reproduce: give --weights CHECKPOINT")
+        return False
+    put_weights(model, chosen)
+    return True
+
+
+def _broken_by_the_step(bundle: Bundle, weights: Mapping[str, Tensor]) -> bool:
+    """True if it was this step that put NaN or Inf into them; an earlier one that was applied has done so before."""
+    record = bundle.record
+    if record.reason == "spike" or (record.applied and record.action in ("skip", "leave_out")):
+        return False
+    if any(r.reason == "nonfinite" and not r.applied and r.step < record.step for r in bundle.records):
+        return False
+    return any((contents(value) or Contents()).bad for value in weights.values())
+
+
+def _suspect(bundle: Bundle, *, weights_known: bool) -> str:
+    """What may differ between the step and its replay, the likeliest first: hardware only where nothing else can."""
+    record = bundle.record
+    if not weights_known:
+        return "with other weights than the step's that says nothing yet"
+    changed = record.reason == "spike" and not (record.applied and record.action == "skip")
+    others = ["the weights are those after the step"] if changed else []
+    if record.reason == "spike":
+        if bundle.micro_steps > len(bundle.forwards):
+            others.append(
+                f"{bundle.micro_steps - len(bundle.forwards)} micro-batches of the step are not in the bundle"
+            )
+        others.append("gradients that no zero_grad() had cleared count in the norm recorded")
+    return f"{'; '.join([*others, 'else '])}suspect hardware or a race" if others else "suspect hardware or a race"
+
+
+def _far_too_large(model: nn.Module) -> list[str]:
+    """A note where the weights have blown up before: what overflows then is not to blame."""
+    sizes = {name: (contents(p) or Contents()).magnitude for name, p in model.named_parameters()}
+    name = max(sizes, key=lambda n: sizes[n], default="")
+    if not name or sizes[name] < _BLOWN_UP:
+        return []
+    return [
+        f"the weights had blown up before this step: {name} reaches {sizes[name]:.3g}; lower the learning rate, and go"
+        " back to a checkpoint of before"
+    ]
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

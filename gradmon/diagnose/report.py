@@ -12,7 +12,7 @@ from gradmon.diagnose.advice import Advice, advise
 from gradmon.diagnose.charts import charts_of, marks_of
 from gradmon.diagnose.markup import el, join, page
 from gradmon.diagnose.story import Story, read_story
-from gradmon.diagnose.telling import clock, done, episode_text, verdict, what_was_done
+from gradmon.diagnose.telling import clock, done, episode_text, verdict, what_was_done, why_nothing_done
 
 _TEXT_EPISODES = 12
 _TEXT_ADVICE = 6
@@ -23,7 +23,9 @@ _WIDTH = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gradmon report` takes."""
     parser.add_argument("directory", metavar="DIR", help="directory of the journals, a run in it, or an archive")
-    parser.add_argument("--run", metavar="NAME", help="which run, where there are several (default: the last started)")
+    parser.add_argument(
+        "--run", metavar="NAME", help="which run, or RUN/INSTANCE, where there are several (default: the last)"
+    )
     parser.add_argument("--out", metavar="FILE", help="the HTML file (default: gradmon-report-RUN.html here)")
     parser.add_argument("--text", action="store_true", help="only the short text, no file")
 
@@ -99,7 +101,7 @@ def report_text(story: Story, advice: Sequence[Advice]) -> str:
     for rank in [r for r in story.ranks if r.state not in ("finished", "running")][:4]:
         lines += _wrapped(f"{rank.state} {rank.end_detail[:300]}", f"  rank {rank.rank}: ")
     did = what_was_done(story)
-    lines += ["", "What gradmon did", *_wrapped(did or "nothing: nothing was needed", "  ")]
+    lines += ["", "What gradmon did", *_wrapped(did or why_nothing_done(story), "  ")]
     if story.best_bundle is not None:
         lines += ["", "See it again", f"  {sections.replay_command(story.best_bundle)}"]
     if advice:

@@ -18,12 +18,14 @@ from gradmon.diagnose.telling import (
     count_of,
     done,
     episode_text,
+    how_it_ended,
     number,
     percent,
     rank_list,
     seconds,
     size,
     whole,
+    why_nothing_done,
 )
 
 _LOOKS = {"finished": "calm", "running": "ok", "busy": "warn", "stuck": "bad", "exception": "bad", "crashed": "bad"}
@@ -232,7 +234,9 @@ def timeline(story: Story) -> Markup:
             text = f"Attempt {attempt.number + 1} begins, {clock(attempt.started_seconds)} UTC"
             rows.append((attempt.number, attempt.first_step, -1, _plain_row(attempt.first_step, text, "restart")))
         if attempt.state != "finished" and attempt.last_step is not None:
-            text = f"Attempt {attempt.number + 1}: {attempt.state}. {attempt.end_detail}"
+            newest = attempt is story.attempts[-1]
+            told = f"{how_it_ended(story)}." if newest and len(story.ranks) > 1 else f"{attempt.state}."
+            text = f"Attempt {attempt.number + 1}: {told} {attempt.end_detail}"
             rows.append((attempt.number, attempt.last_step, 1, _plain_row(attempt.last_step, text, "")))
     rows.sort(key=lambda row: row[:3])
     shown = [row[3] for row in rows[:_EPISODE_ROWS]]
@@ -419,7 +423,9 @@ def actions(story: Story) -> Markup:
         for part, n in sorted(story.errors.items())
     ]
     if not rows:
-        return card("What gradmon did", el("p", "Nothing: nothing was needed.", class_="body good"), id_="actions")
+        return card(
+            "What gradmon did", el("p", f"{why_nothing_done(story).capitalize()}.", class_="body good"), id_="actions"
+        )
     columns = (("Action", False), ("Reason", False), ("Done", False), ("Times", True))
     return card("What gradmon did", table(columns, rows), id_="actions")
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import median
 
 from gradmon.diagnose.story import Incident, RankStory, Story
-from gradmon.diagnose.telling import count_of, number, percent, place, rank_list, seconds, shortened, size
+from gradmon.diagnose.telling import count_of, lost_peer, number, percent, place, rank_list, seconds, shortened, size
 
 #: Share of the incidents that one rank, or one parameter, must have to be the one.
 _MOSTLY = 0.8
@@ -353,7 +353,8 @@ def raised(story: Story) -> str:
     """An exception that no other rule knows."""
     if out_of_memory(story) or inplace(story) or hung(story):
         return ""
-    return _ended_with(story, "")
+    told = _ended_with(story, "")
+    return "" if killed(story) and lost_peer(told) else told  # they lost the rank that was killed
 
 
 def dies_at_same_step(story: Story) -> str:

@@ -45,6 +45,15 @@ _PLURAL = {
     "scaler_streak": "streaks of GradScaler skips",
     "left_out_streak": "streaks of a left-out rank",
 }
+#: In what torch's backends raise where the other side is no longer there.
+_LOST_PEER = (
+    "Connection reset",
+    "Connection closed",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+    "Socket closed",
+)
 _ENDS = {
     "finished": "finished",
     "exception": "ended with an exception",
@@ -171,10 +180,27 @@ def how_it_ended(story: Story) -> str:
     who = sorted((rank for rank in story.ranks if rank.state == state), key=lambda rank: (rank.beat_seconds, rank.rank))
     name = "" if len(story.ranks) == 1 else f"{rank_list(sorted(rank.rank for rank in who))} "
     if state == "exception":
+        if killed := _killed_before(story, who[0]):
+            return killed
         other = f" (and {count_of(len(who) - 1, 'more rank')})" if len(who) > 1 else ""
         return f"{rank_name(story, who[0])}ended with {shortened(who[0].end_detail) or 'an exception'}{other}"
     verb = {"stuck": "is stuck, alive but without a heartbeat", "busy": "lives and makes no step"}.get(state, "")
     return f"{name}{verb}" if verb else f"{name}ended without a word (killed?)"
+
+
+def lost_peer(message: str) -> bool:
+    """True for what a rank raises because another one has gone: it is not where the run broke."""
+    return any(words in message for words in _LOST_PEER)
+
+
+def _killed_before(story: Story, raised: RankStory) -> str:
+    """Where ranks ended without a word, and the first exception only says that they had gone."""
+    killed = sorted(rank.rank for rank in story.ranks if rank.state == "crashed")
+    if not killed or not lost_peer(raised.end_detail):
+        return ""
+    return (
+        f"{rank_list(killed)} ended without a word (killed?), and rank {raised.rank} with the connection that it lost"
+    )
 
 
 def rank_name(story: Story, rank: RankStory) -> str:
@@ -252,6 +278,13 @@ def _said(story: Story, *, applied: bool) -> list[str]:
         if n:
             parts.append(words.format(n={1: "once", 2: "twice"}.get(n, f"{n:,} times")))
     return parts
+
+
+def why_nothing_done(story: Story) -> str:
+    """For a run in which gradmon did nothing."""
+    if _look(story) == "ok":
+        return "nothing: nothing was needed"
+    return "nothing: no step was unfit to be applied; what else was seen is for a person to act on"
 
 
 def done(episode: Episode) -> str:

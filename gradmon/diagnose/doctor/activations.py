@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median
@@ -40,7 +41,8 @@ _NORMALISE = "normalise before it: nn.LayerNorm(width), nn.BatchNorm2d(channels)
 
 def check_activations(evidence: Evidence, flow: Flow) -> Iterator[Finding]:
     """All findings about the forward's values."""
-    yield from _nonfinite(evidence.operations)
+    finite = evidence.loss is not None and math.isfinite(evidence.loss)
+    yield from _nonfinite(evidence.operations, finite=finite)
     for operation in evidence.operations:
         if operation.units is not None and operation.from_data:
             yield from _dead_rectifier(operation)
@@ -53,9 +55,13 @@ def check_activations(evidence: Evidence, flow: Flow) -> Iterator[Finding]:
     yield from _overwritten(evidence)
 
 
-def _nonfinite(operations: Sequence[Operation]) -> Iterator[Finding]:
-    """The first operation that made NaN or Inf out of finite inputs; masks made of -inf are meant so."""
+def _nonfinite(operations: Sequence[Operation], *, finite: bool) -> Iterator[Finding]:
+    """The first operation that made NaN or Inf out of finite inputs; masks made of -inf are meant so.
+
+    Unless the loss is `finite`, also the first that made NaN out of a mask.
+    """
     bad = {o.index for o in operations if o.scale is not None and o.scale.nonfinite}
+    nan = {o.index for o in operations if o.scale is not None and o.scale.nan}
     masks = ("masked_fill", "where", "setitem")
     for operation in operations:
         if operation.index not in bad or not operation.from_data or operation.name in masks:
@@ -63,15 +69,19 @@ def _nonfinite(operations: Sequence[Operation]) -> Iterator[Finding]:
         if operation.kind == "input" and operation.scale is not None:
             yield _nonfinite_input(operation, operation.scale.nonfinite)
             return
-        if operation.scale is not None and not bad.intersection(operation.inputs):
+        masked = operation.index in nan and not nan.intersection(operation.inputs) and not finite
+        alone = not bad.intersection(operation.inputs)
+        if operation.scale is not None and (alone or masked):
             yield Finding(
                 "nonfinite_forward",
                 operation.place,
-                f"{operation.told} makes {operation.scale.nonfinite} NaN or infinite elements in the first forward",
+                f"{operation.told} makes {operation.scale.nonfinite} NaN or infinite elements in the first forward"
+                + ("" if alone else ", out of infinite ones: a row that is masked in all places"),
                 measured=float(operation.scale.nonfinite),
                 threshold=0.0,
                 source=f"{SAGEMAKER}, ExplodingTensor",
-                cure="keep its input in its domain: torch.log(x.clamp_min(1e-12)), x / y.clamp_min(1e-6),"
+                cure=("" if alone else "leave one entry of each row unmasked; ")
+                + "keep its input in its domain: torch.log(x.clamp_min(1e-12)), x / y.clamp_min(1e-6),"
                 " F.cross_entropy(logits, target) for log(softmax)",
                 severity="error",
             )
@@ -169,8 +179,9 @@ def _variances(flow: Flow) -> Iterator[Finding]:
         ratios[operation.index] = ratio
         earlier = ratios.get(before.index, 1.0)
         up = ratio > VARIANCE_RATIO and earlier > VARIANCE_RATIO
-        down = 0 < ratio < 1 / VARIANCE_RATIO and earlier < 1 / VARIANCE_RATIO
-        alone = ratio > VARIANCE_RATIO_ALONE or 0 < ratio < 1 / VARIANCE_RATIO_ALONE
+        small = ratio > 0 and not flow.following(operation).last  # a head may start small: PPO's at 0.01, many at 0
+        down = small and ratio < 1 / VARIANCE_RATIO and earlier < 1 / VARIANCE_RATIO
+        alone = ratio > VARIANCE_RATIO_ALONE or (small and ratio < 1 / VARIANCE_RATIO_ALONE)
         if up or down or alone:
             yield Finding(
                 "variance_ratio",

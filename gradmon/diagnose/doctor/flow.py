@@ -142,6 +142,31 @@ class Flow:
             return Skip(operation, one)
         return Skip(operation, other if first >> other.index & 1 else None)
 
+    def renormalised(self, operation: Operation) -> bool:
+        """True if all layers with weights that come next are normalised: they take their input at any size."""
+        found = [near for near in self._to_next_layers(operation) if near.weighted]
+        return bool(found) and all(self.following(near).normalised for near in found)
+
+    def reshaped(self, operation: Operation) -> bool:
+        """True if its weights are computed from the parameters: their own size says nothing."""
+        made = [self.operations[i] for i in operation.inputs if not self.operations[i].from_data]
+        return any(o.parameters and o.kind != "pass" for o in made)
+
+    def rescaled(self, operation: Operation) -> bool:
+        """True if what it makes is multiplied by a number: its weights are as large as that asks for."""
+        near = [o for o in self._onward(operation) if o.name in ("mul", "rmul", "imul", "div", "truediv")]
+        return any(len(self.inputs(o)) == 1 for o in near)
+
+    def _to_next_layers(self, operation: Operation) -> Iterator[Operation]:
+        waiting, seen = [operation.index], {operation.index}
+        while waiting:
+            for i in self._consumers[waiting.pop()]:
+                if i not in seen:
+                    seen.add(i)
+                    yield self.operations[i]
+                    if not self.operations[i].weighted and self.operations[i].kind != "loss":
+                        waiting.append(i)
+
     def _leads_to_weight(self, operation: Operation) -> bool:
         later = self.operations[operation.index + 1 :]
         return any(o.weighted and o.parameters and self.leads_to(operation, o) for o in later)

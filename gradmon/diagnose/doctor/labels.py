@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradmon.diagnose.doctor.activations import SAGEMAKER
 from gradmon.diagnose.doctor.probe import Evidence, Labels
+from gradmon.diagnose.doctor.trace import Operation
 from gradmon.record import Finding
 
 #: A model that knows nothing yet has a cross entropy of ln(C). Logits of standard deviation 2 make it ln(C) + 2.
@@ -17,6 +18,11 @@ LOSS_BELOW = 0.5
 IMBALANCE_RATIO = 10.0
 #: Fewer labels per class say nothing about their shares: chance alone makes a ratio of 10 of 3 expected each.
 LEAST_PER_CLASS = 10
+#: Loss -> what it does to its input itself, and what must not be done to it before.
+_INSIDE = {
+    "cross_entropy": ("log_softmax", "softmax"),
+    "binary_cross_entropy_with_logits": ("a sigmoid", "sigmoid"),
+}
 #: All labels alike are chance in fewer of them.
 LEAST_LABELS = 8
 
@@ -33,6 +39,7 @@ def check_labels(evidence: Evidence) -> Iterator[Finding]:
             cure="keep logarithms, roots and quotients off 0; check the batch with torch.isfinite(inputs).all()",
             severity="error",
         )
+    yield from _squashed_twice(evidence.operations)
     told: set[str] = set()
     per_batch = len([labels for labels in evidence.labels if labels.per_sample]) == 1
     for labels in evidence.labels:
@@ -40,6 +47,25 @@ def check_labels(evidence: Evidence) -> Iterator[Finding]:
             if finding.rule not in told:
                 told.add(finding.rule)
                 yield finding
+
+
+def _squashed_twice(operations: Sequence[Operation]) -> Iterator[Finding]:
+    """A softmax before a loss that has one inside, or a sigmoid."""
+    for loss in operations:
+        inner, squashed = _INSIDE.get(loss.name, ("", ""))
+        before = operations[loss.inputs[0]] if inner and loss.inputs else None
+        while before is not None and before.kind == "pass" and before.inputs:
+            before = operations[before.inputs[0]]
+        if before is not None and before.name == squashed:
+            yield Finding(
+                "squashed_twice",
+                before.place,
+                f"{loss.name} is given what comes out of {before.told}, and applies {inner} itself: gradients are"
+                " small, and the loss never gets near 0",
+                source=f"PyTorch, {loss.name}: the input is unnormalised logits",
+                cure=f"give it the logits, without {squashed}; use {squashed} for predictions only",
+            )
+            return
 
 
 def _judged(labels: Labels, *, alone: bool) -> Iterator[Finding]:
@@ -50,6 +76,7 @@ def _judged(labels: Labels, *, alone: bool) -> Iterator[Finding]:
         yield _finding(labels, "bad_labels", "all labels are ignored: the loss is 0 / 0", 0.0, 1.0, "error")
         return
     # A GAN's discriminator is asked for "all real" and then for "all fake": only a lone call tells.
+    alone = alone and labels.given
     if alone and labels.per_sample and labels.hard and labels.count >= LEAST_LABELS and labels.classes > 1:
         if labels.most == labels.count:
             message = f"all {labels.count} labels of the batch are {labels.lowest:g}"

@@ -197,11 +197,16 @@ def _learning_rate(trial: Trial) -> Iterator[Finding]:
             cure=f"lr={_tenth(trial)}; {advice}; gradmon doctor --lr-range finds one",
             severity="error" if blown_up else "warning",
         )
-    elif trial.update_ratio < UPDATE_RATIO_LOW:
+    elif trial.update_ratio < UPDATE_RATIO_LOW and (trial.update_ratio > 0 or trial.learning_rate == 0):
+        lasts = (
+            "nothing is learnt"
+            if trial.update_ratio == 0
+            else f"it would take {1 / trial.update_ratio:.1e} steps to make other weights of them"
+        )
         yield Finding(
             "learning_rate_low",
             "learning rate",
-            f"{told}: it would take {1 / max(trial.update_ratio, 1e-30):.1e} steps to make other weights of them",
+            f"{told}: {lasts}",
             measured=trial.update_ratio,
             threshold=UPDATE_RATIO_LOW,
             source="Amazon SageMaker Debugger, WeightUpdateRatio (1e-8), with a margin",

@@ -76,6 +76,8 @@ class Labels:
     """Whole classes, not probabilities."""
     weighted: bool
     """The loss weighs classes against each other."""
+    given: bool = True
+    """False for what the loss function makes itself, as a GAN does of ones and zeros."""
     value: float = math.nan
     """The loss itself, if it is a mean; NaN where the loss could not be computed."""
 
@@ -110,6 +112,7 @@ def probe(model: nn.Module, batch: Any, loss_fn: LossFunction, *, loss_scale: fl
     mine = own_copy(batch)
     books = _LabelBook(next((len(t) for t in tensors_in(mine) if t.dim()), 0))
     trace = Trace(model, mine, books.look)
+    books.from_data = trace.is_data
     failure = ""
     with untouched(model, weights=False), torch.enable_grad():
         if not model.training:
@@ -139,7 +142,12 @@ def _forward(model: nn.Module, batch: Any, loss_fn: LossFunction, trace: Trace) 
             f"the model does not run on this batch: {type(error).__name__}: {error};"
             " check the batch's shapes and types, and what the loss is given"
         ) from error
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.requires_grad:
+        raise ModelError(
+            "no path leads from the loss back to a parameter that is trained; look for torch.no_grad(), .detach(),"
+            " .item() and torch.tensor(...) between them"
+        )
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ModelError(f"the loss must be one number with a gradient (got {got}); return the mean over the batch")
     return loss
@@ -279,6 +287,8 @@ class _LabelBook:
     def __init__(self, samples: int) -> None:
         self._samples = samples
         self._seen: list[Labels] = []
+        self.from_data: Callable[[Tensor], bool] = lambda _: True
+        """Says of a tensor whether it comes from the batch."""
 
     def look(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Write down the labels; raises where they are out of range."""
@@ -287,11 +297,12 @@ class _LabelBook:
         if not isinstance(output, Tensor) or not isinstance(target, Tensor) or target.numel() == 0:
             return
         try:
+            given = self.from_data(target)
             labels = self._labels(name, output, target, kwargs)
         except RuntimeError:  # inside torch.vmap labels have no values that could be looked at
             return
         if labels is not None:
-            self._seen.append(labels)
+            self._seen.append(replace(labels, given=given))
             if labels.out_of_range and labels.classes > 2:
                 raise _LabelsOutOfRangeError
 
@@ -308,8 +319,8 @@ class _LabelBook:
         told = []
         for labels in self._seen:
             made = next((o for o in values if o.name == labels.loss), None)
-            mean = made is not None and made.scale is not None and made.shape == ()
-            value = made.scale.mean if mean and made is not None and made.scale is not None else math.nan
+            scale = made.scale if made is not None and made.shape == () else None
+            value = scale.mean if scale is not None and not scale.nonfinite else math.nan
             told.append(replace(labels, value=value))
         return tuple(told)
 

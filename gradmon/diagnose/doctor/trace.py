@@ -49,6 +49,8 @@ class Scale:
     abs_max: float
     nonfinite: int
     """NaN and infinite elements."""
+    nan: int = 0
+    """NaN elements alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ class Trace(TorchFunctionMode):
     def _source(self, tensor: Tensor) -> int:
         """Index of the operation that made it; data that comes from outside is written down as an input."""
         maker = self._maker(tensor)
-        if maker >= 0 or not self._is_data(tensor):
+        if maker >= 0 or not self.is_data(tensor):
             return maker
         self._note("input", "input", [], [tensor], from_data=True)
         return len(self.operations) - 1
@@ -196,10 +198,11 @@ class Trace(TorchFunctionMode):
     def _operands(self, name: str, entering: list[Tensor]) -> tuple[float, ...]:
         if name not in CONCATS and name not in UPSAMPLING:
             return ()
-        values = [t for t in entering if t.is_floating_point() and self._is_data(t)]
+        values = [t for t in entering if t.is_floating_point() and self.is_data(t)]
         return tuple(scale.rms for t in values if (scale := scale_of(t)) is not None)
 
-    def _is_data(self, tensor: Tensor) -> bool:
+    def is_data(self, tensor: Tensor) -> bool:
+        """True if it was computed from the batch, or came from outside; not for parameters, buffers and constants."""
         maker = self._maker(tensor)
         if maker >= 0:
             return self.operations[maker].from_data
@@ -218,7 +221,7 @@ class Trace(TorchFunctionMode):
         inputs = [maker for t in entering if (maker := self._source(t)) >= 0]
         parameters = [self._names[id(t)] for t in entering if id(t) in self._names]
         parameters += [p for i in inputs if not self.operations[i].from_data for p in self.operations[i].parameters]
-        from_data = any(map(self._is_data, entering)) if entering else name.startswith("rand")
+        from_data = any(map(self.is_data, entering)) if entering else name.startswith("rand")
         self._note(
             name,
             self._kind(name, inputs, entering, parameters=bool(parameters)),
@@ -263,7 +266,7 @@ class Trace(TorchFunctionMode):
             return "weight"
         if name in ("mul", "div", "truediv") and self._by_deviation(inputs):
             return "norm"
-        if name in ("add", "radd", "iadd") and sum(map(self._is_data, entering)) > 1:
+        if name in ("add", "radd", "iadd") and sum(map(self.is_data, entering)) > 1:
             return "sum"
         return kind_of(name)
 
@@ -309,15 +312,15 @@ def _scale(tensor: Tensor) -> Scale:
     values = tensor.detach().float() if tensor.element_size() < 4 else tensor.detach()
     rms = torch.linalg.vector_norm(values) / values.numel() ** 0.5
     mean, rms_value, largest = torch.stack([values.mean(), rms, values.abs().amax()]).double().tolist()
-    nonfinite = 0
+    nonfinite = nan = 0
     if not rms_value < float("inf"):  # not `>=`: NaN too
         finite = values.isfinite()
-        nonfinite = int(values.numel() - finite.sum())
+        nonfinite, nan = int(values.numel() - finite.sum()), int(values.isnan().sum())
         kept = values[finite].double()
         if kept.numel() == 0:
-            return Scale(0.0, 0.0, 0.0, 0.0, nonfinite)
+            return Scale(0.0, 0.0, 0.0, 0.0, nonfinite, nan)
         mean, rms_value, largest = float(kept.mean()), float(kept.square().mean().sqrt()), float(kept.abs().amax())
-    return Scale(mean, max(0.0, rms_value**2 - mean**2) ** 0.5, rms_value, largest, nonfinite)
+    return Scale(mean, max(0.0, rms_value**2 - mean**2) ** 0.5, rms_value, largest, nonfinite, nan)
 
 
 def _units(name: str, out: Tensor, *, channels_first: bool) -> Units | None:

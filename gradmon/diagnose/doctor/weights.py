@@ -56,7 +56,7 @@ def _initialisation(evidence: Evidence, flow: Flow) -> Iterator[Finding]:
         if not operation.weighted or operation.name in RECURRENT or len(named) != 1:
             continue
         weight = weights[named[0]]
-        if "embedding" in operation.name or weight.name in told or not weight.trained:
+        if "embedding" in operation.name or weight.name in told or not weight.trained or flow.reshaped(operation):
             continue
         told.add(weight.name)
         finding = _judged(weight, operation, flow)
@@ -71,6 +71,7 @@ def _judged(weight: Weight, operation: Operation, flow: Flow) -> Finding | None:
     std = weight.scale.rms  # about 0: a weight that is all the same is as bad as one that is too large
     ratio = std / expected
     harmless_small = follower.normalised or follower.last or flow.bypassed(operation)
+    rescaled = flow.rescaled(operation)
     if weight.scale.std < 1e-6 * max(std, 1e-30) and not harmless_small and weight.shape[0] > 1:
         return Finding(
             "bad_init",
@@ -82,8 +83,8 @@ def _judged(weight: Weight, operation: Operation, flow: Flow) -> Finding | None:
             cure=init,
             severity="error",
         )
-    too_large = ratio > INIT_FACTOR and not follower.normalised
-    too_small = ratio < 1 / INIT_FACTOR and not harmless_small
+    too_large = ratio > INIT_FACTOR and not follower.normalised and not rescaled
+    too_small = ratio < 1 / INIT_FACTOR and not harmless_small and not rescaled and not flow.renormalised(operation)
     if not too_large and not too_small:
         return None
     if too_large and len(weight.names) > 1:
@@ -168,6 +169,20 @@ def _without_gradient(evidence: Evidence) -> Iterator[Finding]:
             source="fact: no path leads from the loss to them",
             cure="use them in forward, without .detach() or torch.no_grad(); or parameter.requires_grad_(False)",
         )
+    reached = [w.gradient.abs_max for w in evidence.weights if w.gradient is not None]
+    if reached and max(reached) == 0:
+        yield Finding(
+            "zero_gradient",
+            "all parameters",
+            f"all {len(reached)} gradients are exactly 0: nothing can learn",
+            measured=float(len(reached)),
+            threshold=0.0,
+            source=f"{SAGEMAKER}, AllZero",
+            cure="of two factors one may start at 0, not both (LoRA: A random, B zero); look for dead rectifiers and"
+            " masks of zeros",
+            severity="error",
+        )
+        return
     if any(w.scale.rms == 0 and len(w.shape) > 1 for w in evidence.weights):
         return  # a branch that starts at 0 (LoRA, zero-initialised residuals) passes nothing back in the first step
     zero = [w.name for w in evidence.weights if w.gradient is not None and len(w.shape) > 1 and w.gradient.abs_max == 0]
