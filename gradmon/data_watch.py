@@ -1,18 +1,19 @@
 """Looks at batches as they leave a `torch.utils.data.DataLoader`: on the host, at a cadence, changing nothing.
 
-A look reads each tensor of a batch once, whole up to `WHOLE_BYTES`, else so many elements spread over it. Looks come in
-pairs of batches, one after the other, so that a batch can be compared with the one before. What lies on a CUDA device
-is measured there and read when it has landed; nothing is waited for.
+A look reads each tensor of a batch once, whole up to `inputs.WHOLE_BYTES`, else so many elements spread over it. Looks
+come in pairs of batches, one after the other, so that a batch can be compared with the one before. What lies on a CUDA
+device is measured there and read when it has landed; nothing is waited for.
 
-Words used here: an *input* is one tensor of a batch, named by its place (`input_ids`, `batch[0]`); a *sample* is a row
-of it; the *index* of a sample is what the DataLoader's sampler has asked the dataset for. A *source* is a dataset:
-training and validation data are told apart, and each is normal in its own way.
+Words used here: *input* and *sample* as in `inputs`; the *index* of a sample is what the DataLoader's sampler has asked
+the dataset for. A *source* is a dataset: training and validation data are told apart, and each is normal in its own
+way.
 
-Legend: B samples of a batch, E elements looked at of each.
+Legend: B samples of a batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,48 +22,63 @@ import os
 import statistics
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.data.dataloader as dataloader
 from torch import Tensor
 
 from gradmon.config import DataConfig
+from gradmon.inputs import (
+    TELLING_ELEMENTS,
+    Input,
+    Mark,
+    counted,
+    fingerprints,
+    inputs,
+    looked_at,
+    lowest_and_highest,
+    mark_of_batch,
+    on_device,
+    on_host,
+    rows_of,
+    spread,
+)
 from gradmon.landing import HostCopy
 from gradmon.loss_watch import Stretches
 from gradmon.record import Finding
-from gradmon.stats import flat
 
 RULES = (
     "data_nonfinite", "data_range", "data_constant", "data_duplicate", "class_imbalance", "token_share",
     "labels_out_of_range",
 )  # fmt: skip
-WHOLE_BYTES = 4 << 20
-#: Elements looked at of what is larger.
-_PART = 1 << 16
 #: The first batches of a source are all looked at, so that it is soon known what is usual.
 _EAGER = 8
 #: Looks that make a range usual.
 _ENOUGH = 8
 _REMEMBERED = 64
 _SOURCES = 8
-_INPUTS = 32
+#: Inputs of a source of which it is known what is usual: names may be new in each batch.
+_NAMES = 64
+#: Batches that a forward call may have been given: a loader may be some ahead of the training.
+_AHEAD = 4
 _PENDING = 16
 #: Looks without a thing after which it is told anew.
 _QUIET = 8
-#: Samples of fewer elements are alike by chance.
-_TELLING_ELEMENTS = 8
 _FEWEST_SAMPLES = 4
 _TOKENS = 4096
 #: More different labels than this are numbers, not classes.
 _CLASSES = 1000
 #: Labels of each class, on average, that are needed to tell its share from chance.
 _PER_CLASS = 30
-_LABEL_NAMES = frozenset({"label", "labels", "target", "targets", "class", "classes", "y"})
 #: -1 is the other class of a margin loss, or what nanoGPT and others ignore; -100 is what PyTorch ignores.
 _USUAL_NEGATIVES = (-1, -100)
+_FEW_OPERATIONS = (torch.uint16, torch.uint32, torch.uint64)
 _DEBUGGER = "Amazon SageMaker Debugger, rule "
+
+
+_Known = TypeVar("_Known")
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,7 +90,7 @@ class _Source:
     ranges: dict[str, deque[tuple[float, float]]] = dataclasses.field(default_factory=dict)
     classes: dict[str, Counter[int]] = dataclasses.field(default_factory=dict)
     shares: dict[str, deque[float]] = dataclasses.field(default_factory=dict)
-    iterator: Any = None
+    iterator: Callable[[], Any] | None = None
     """Weak reference to the one that gave the batch before."""
     before: tuple[int, list[float], list[int] | None] | None = None
     """Number of the batch that was looked at last, fingerprints of its samples, their indices; None in a new epoch."""
@@ -88,19 +104,29 @@ class _Batch:
     number: int
     """Of the source's batches."""
     batch: Any
-    indices: list[int] | None
+    asked: Any
     looked_at: bool = False
+
+    @property
+    def indices(self) -> list[int] | None:
+        """Of its samples, where they are known."""
+        return index_numbers(self.asked)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Input:
-    """One tensor of a batch on the host."""
+class Loaded:
+    """The newest batches, the newest first: what it takes to find out later which of them a forward call was given."""
 
-    name: str
-    value: Tensor
-    samples: int
-    """B if its rows are samples, else 0."""
-    is_label: bool
+    batches: tuple[tuple[Any, Mark | None], ...]
+    """(What the sampler asked for, mark) of each."""
+
+    def indices_of(self, tensors: Iterable[Tensor]) -> list[int] | None:
+        """Indices of the batch that these tensors are, on the host; None where they are none of these batches'."""
+        given = list(tensors)
+        for asked, mark in self.batches:
+            if mark is not None and any(map(mark.fits, given)):
+                return index_numbers(asked)
+        return None
 
 
 class BatchWatch:
@@ -115,6 +141,7 @@ class BatchWatch:
         self._pid = os.getpid()
         self._sources: dict[int, _Source] = {}
         self._newest: deque[_Batch] = deque(maxlen=2)
+        self._loaded: deque[tuple[Any, Mark | None]] = deque(maxlen=_AHEAD)
         self._sent: weakref.WeakKeyDictionary[Any, dict[int, Any]] = weakref.WeakKeyDictionary()
         """Iterator -> number of a batch in its epoch -> what its sampler asked for."""
         self._stretches = Stretches(_QUIET)
@@ -134,7 +161,8 @@ class BatchWatch:
         def watched(iterator: Any) -> Any:
             asked = original(iterator)
             if self._wrapper is not None:
-                self._note(iterator, asked)
+                with contextlib.suppress(Exception):  # of a kind of iterator that is not torch's: no index is known
+                    self._note(iterator, asked)
             return asked
 
         self._wrapper = watched
@@ -146,8 +174,8 @@ class BatchWatch:
         if self._wrapper is not None and kind._next_index is self._wrapper:
             kind._next_index = self._original  # type: ignore[method-assign]
         self._wrapper = None
-        self._newest.clear()
-        self._sent.clear()
+        for held in (self._newest, self._loaded, self._pending, self._sent):
+            held.clear()
 
     def seen(self, iterator: Any, batch: Any) -> None:
         """Take in a batch that `iterator`, a DataLoader's, has given to the training thread."""
@@ -155,11 +183,13 @@ class BatchWatch:
             return
         dataset = getattr(iterator, "_dataset", None)
         source = self._source(id(dataset), type(dataset).__name__)
-        indices = self._indices(iterator)
+        asked = self._asked(iterator)
         same = source.iterator is not None and source.iterator() is iterator
         follows = same and getattr(iterator, "_num_yielded", 2) > 1  # persistent workers keep theirs over epochs
         source.iterator = weakref.ref(iterator)
-        self._take_in(source, batch, indices, follows=follows)
+        self._take_in(source, batch, asked, follows=follows)
+        mark = None if asked is None else mark_of_batch(batch)
+        self._loaded.appendleft((asked, mark))
 
     def observe(self, batch: Any) -> None:
         """Take in a batch of a script that uses no DataLoader: tensors in any nesting, on any device."""
@@ -180,9 +210,9 @@ class BatchWatch:
         found, self._found = self._found, []
         return found
 
-    def indices_of_newest(self) -> list[int] | None:
-        """What the sampler asked for to make the newest batch; None where it is not known (streams, out of order)."""
-        return self._newest[-1].indices if self._newest else None
+    def loaded(self) -> Loaded:
+        """What a forward call that comes now may have been given."""
+        return Loaded(tuple(self._loaded))
 
     def samples(self) -> dict[str, float]:
         """Of the newest look that measured it, finite: `input_min`, `input_max`, `duplicate_share`, `class_ratio`,
@@ -198,18 +228,17 @@ class BatchWatch:
         sent = self._sent.setdefault(iterator, {})
         # Without workers a batch is made as soon as it is asked for; with workers it comes back under this number.
         sent[getattr(iterator, "_send_idx", 0)] = asked
-        if len(sent) > 4096:  # nobody fetches what was asked for: another thread's
-            sent.clear()
+        most = 1 + (getattr(iterator, "_prefetch_factor", None) or 0) * getattr(iterator, "_num_workers", 0)
+        if len(sent) > most:  # another thread takes the batches
+            del sent[next(iter(sent))]
 
-    def _indices(self, iterator: Any) -> list[int] | None:
+    def _asked(self, iterator: Any) -> Any:
+        """What the sampler asked for to make the batch that has come; None where it is not known."""
         sent = self._sent.get(iterator)
         if sent is None or not getattr(iterator, "_in_order", True):
             return None
         asked = sent.pop(getattr(iterator, "_rcvd_idx", 1) - 1, None)
-        try:
-            return [operator.index(i) for i in asked] if isinstance(asked, list | tuple) else [operator.index(asked)]
-        except TypeError:  # a sampler may ask for anything
-            return None
+        return tuple(asked) if isinstance(asked, list) else asked  # the sampler may use its list again
 
     def _source(self, key: int, name: str) -> _Source:
         source = self._sources.get(key)
@@ -219,9 +248,9 @@ class BatchWatch:
             source = self._sources[key] = _Source(name)
         return source
 
-    def _take_in(self, source: _Source, batch: Any, indices: list[int] | None, *, follows: bool) -> None:
+    def _take_in(self, source: _Source, batch: Any, asked: Any, *, follows: bool) -> None:
         source.batches += 1
-        newest = _Batch(source, source.batches, batch, indices)
+        newest = _Batch(source, source.batches, batch, asked)
         self._newest.append(newest)
         if not follows:  # the end of an epoch may come again at the begin of the next
             source.before = None
@@ -234,22 +263,22 @@ class BatchWatch:
     def _look(self, newest: _Batch) -> None:
         newest.looked_at = True
         source, indices = newest.source, newest.indices
-        parts = _inputs(newest.batch, indices)
+        parts = inputs(newest.batch, len(indices) if indices else 0)
         for part in parts:
-            if not _on_host(part.value):
+            if not on_host(part.value):
                 if part.value.is_floating_point():
-                    self._pending.append((source, part.name, HostCopy(_on_device(part.value))))
+                    self._pending.append((source, part.name, HostCopy(on_device(part.value))))
             elif part.value.is_floating_point():
                 self._of_floats(source, part, indices)
             elif part.is_label:
                 self._of_labels(source, part, indices)
-            elif part.value.dim() == 2 and part.value.shape[1] > 1 and not part.value.is_complex():
+            elif part.value.dim() == 2 and part.value.shape[1] > 1:
                 self._of_tokens(source, part)
         if self._config.duplicate_share:
-            self._of_samples(newest, [part for part in parts if _on_host(part.value)])
+            self._of_samples(newest, indices, [part for part in parts if on_host(part.value)])
 
-    def _of_floats(self, source: _Source, part: _Input, indices: list[int] | None) -> None:
-        low, high = _extremes(part.value)
+    def _of_floats(self, source: _Source, part: Input, indices: list[int] | None) -> None:
+        low, high = lowest_and_highest(part.value)
         finite = math.isfinite(low) and math.isfinite(high)
         if self._config.nonfinite:
             self._check_finite(source, part, indices, (low, high))
@@ -258,14 +287,14 @@ class BatchWatch:
             self._check_constant(source, part, low, high)
 
     def _check_finite(
-        self, source: _Source, part: _Input, indices: list[int] | None, extremes: tuple[float, float]
+        self, source: _Source, part: Input, indices: list[int] | None, extremes: tuple[float, float]
     ) -> None:
         finite = all(map(math.isfinite, extremes))
         if finite:
             self._tell(source, "data_nonfinite", part.name, False)
             return
-        bad = _looked_at(part.value).isfinite().logical_not_() if part.samples == 0 else None
-        rows = [] if bad is not None else _rows(part).isfinite().all(1).logical_not_().nonzero().flatten().tolist()
+        bad = looked_at(part.value).isfinite().logical_not_() if part.samples == 0 else None
+        rows = [] if bad is not None else rows_of(part).isfinite().all(1).logical_not_().nonzero().flatten().tolist()
         count = int(bad.sum()) if bad is not None else len(rows)
         self._count_nonfinite(max(1, len(rows)))
         if self._tell(source, "data_nonfinite", part.name, True):
@@ -286,7 +315,7 @@ class BatchWatch:
         """Against the ranges of earlier looks; `where` names the sample that holds a value."""
         low, high = extremes
         self._samples |= {"input_min": low, "input_max": high}
-        known = source.ranges.setdefault(name, deque(maxlen=_REMEMBERED))
+        known = _known(source.ranges, name, lambda: deque(maxlen=_REMEMBERED))
         outside = self._outside(known, low, high)
         if self._tell(source, "data_range", name, outside is not None) and outside is not None:
             usual_low, usual_high, value = outside
@@ -317,11 +346,11 @@ class BatchWatch:
             return usual_low, usual_high, low
         return None
 
-    def _check_constant(self, source: _Source, part: _Input, low: float, high: float) -> None:
+    def _check_constant(self, source: _Source, part: Input, low: float, high: float) -> None:
         value = part.value
         masks = part.name.rpartition(".")[2].endswith(("mask", "weight", "weights"))
         flags = value.dim() < 3 and low in (0.0, 1.0)  # of float masks, too, all may be set
-        telling = value.dim() > 1 and value.numel() > _TELLING_ELEMENTS and not masks and not flags
+        telling = value.dim() > 1 and value.numel() > TELLING_ELEMENTS and not masks and not flags
         constant = low == high and telling and self._config.constant and not part.is_label
         if self._tell(source, "data_constant", part.name, constant):
             self._add(
@@ -335,11 +364,13 @@ class BatchWatch:
 
     # --- whole numbers ---------------------------------------------------------------------------------------------
 
-    def _of_labels(self, source: _Source, part: _Input, indices: list[int] | None) -> None:
-        value = _looked_at(part.value)
+    def _of_labels(self, source: _Source, part: Input, indices: list[int] | None) -> None:
+        value = looked_at(part.value)
+        if value.dtype in _FEW_OPERATIONS:
+            value = value.long()
         if self._config.label_range and value.dtype != torch.bool and value.numel():
             lowest = int(value.min().item())
-            negative = _counted(value[value < 0]) if lowest < 0 else {}
+            negative = counted(value[value < 0]) if lowest < 0 else {}
             strange = [v for v in negative if v not in _USUAL_NEGATIVES]
             if self._tell(source, "labels_out_of_range", part.name, bool(strange)):
                 self._add(
@@ -356,10 +387,10 @@ class BatchWatch:
             self._count_classes(source, part.name, value)
 
     def _count_classes(self, source: _Source, name: str, labels: Tensor) -> None:
-        counts = source.classes.setdefault(name, Counter())
+        counts = _known(source.classes, name, Counter)
         if len(counts) > _CLASSES:
             return
-        counts.update({label: n for label, n in _counted(labels).items() if label != _USUAL_NEGATIVES[1]})
+        counts.update({label: n for label, n in counted(labels).items() if label != _USUAL_NEGATIVES[1]})
         total = sum(counts.values())
         if not counts or total < max(self._config.imbalance_samples, _PER_CLASS * len(counts)):
             return
@@ -387,16 +418,16 @@ class BatchWatch:
                 "how they are read and whether the data is sorted and not shuffled",
             )
 
-    def _of_tokens(self, source: _Source, part: _Input) -> None:
+    def _of_tokens(self, source: _Source, part: Input) -> None:
         if not self._config.token_share or part.value.dtype == torch.bool or not part.value.numel():
             return
-        tokens = _spread(part.value, _TOKENS)
-        counts = _counted(tokens)
+        tokens = spread(part.value, _TOKENS)
+        counts = counted(tokens)
         if max(counts) <= 1:  # a mask, or token types
             return
         most = max(counts, key=counts.__getitem__)
         newest = counts[most] / tokens.numel()
-        shares = source.shares.setdefault(part.name, deque(maxlen=_ENOUGH))
+        shares = _known(source.shares, part.name, lambda: deque(maxlen=_ENOUGH))
         shares.append(newest)
         share = statistics.fmean(shares)
         self._samples["token_share"] = share
@@ -414,8 +445,8 @@ class BatchWatch:
 
     # --- samples that come again -----------------------------------------------------------------------------------
 
-    def _of_samples(self, newest: _Batch, parts: list[_Input]) -> None:
-        prints, source, indices = _fingerprints(parts), newest.source, newest.indices
+    def _of_samples(self, newest: _Batch, indices: list[int] | None, parts: list[Input]) -> None:
+        prints, source = fingerprints(parts), newest.source
         before, source.before = source.before, (newest.number, prints, indices)
         if len(prints) < _FEWEST_SAMPLES:
             return
@@ -475,111 +506,27 @@ class BatchWatch:
         self._samples["nonfinite_samples"] = self._samples.get("nonfinite_samples", 0.0) + samples
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+def index_numbers(asked: Any) -> list[int] | None:
+    """What a sampler asked for, as indices; None where it is something else: a sampler may ask for anything."""
+    try:
+        return [operator.index(i) for i in asked] if isinstance(asked, list | tuple) else [operator.index(asked)]
+    except TypeError:
+        return None
 
 
-def _inputs(batch: Any, indices: list[int] | None) -> list[_Input]:
-    """The tensors of a batch, named by their place; bounded."""
-    leaves = [(name, value) for name, value in _leaves(batch, "") if value.numel()][:_INPUTS]
-    rows = len(indices) if indices and len(indices) > 1 else next((v.shape[0] for _, v in leaves if v.dim()), 0)
-    last = leaves[-1][0] if len(leaves) > 1 and isinstance(batch, list | tuple) else None
-    found = []
-    for name, value in leaves:
-        samples = rows if value.dim() and value.shape[0] == rows and rows > 0 else 0
-        whole = not (value.is_floating_point() or value.is_complex())
-        called = name.rpartition(".")[2].lower() in _LABEL_NAMES
-        label = called or (whole and name == last and value.dim() == 1)
-        found.append(_Input(name or "batch", value, samples, label and whole))
-    return found
+def _known(places: dict[str, _Known], name: str, new: Callable[[], _Known]) -> _Known:
+    """What is known of an input; the oldest makes room for a new one."""
+    if name not in places:
+        if len(places) >= _NAMES:
+            del places[next(iter(places))]
+        places[name] = new()
+    return places[name]
 
 
-def _leaves(thing: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(thing, Tensor):
-        if thing.layout == torch.strided and not hasattr(thing, "to_local") and thing.device.type in ("cpu", "cuda"):
-            yield name, thing.detach().as_subclass(Tensor)
-        return
-    if depth > 6:
-        return
-    parts: Iterator[tuple[str, Any]]
-    if isinstance(thing, Mapping):
-        parts = ((f"{name}.{key}" if name else str(key), value) for key, value in thing.items())
-    elif isinstance(thing, tuple) and hasattr(thing, "_fields"):
-        parts = ((f"{name}.{key}" if name else key, getattr(thing, key)) for key in thing._fields)
-    elif isinstance(thing, list | tuple):
-        parts = ((f"{name or 'batch'}[{i}]", value) for i, value in zip(range(4 * _INPUTS), thing, strict=False))
-    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        keys = [field.name for field in dataclasses.fields(thing)]
-        parts = ((f"{name}.{key}" if name else key, getattr(thing, key, None)) for key in keys)
-    else:
-        return
-    for path, value in parts:
-        yield from _leaves(value, path, depth + 1)
-
-
-def _on_host(value: Tensor) -> bool:
-    return value.device.type == "cpu"
-
-
-def _looked_at(value: Tensor) -> Tensor:
-    """All of its elements in one dimension, or so many spread over it."""
-    small = value.numel() * value.element_size() <= WHOLE_BYTES
-    return flat(value) if small else _spread(value, _PART)
-
-
-def _spread(value: Tensor, most: int) -> Tensor:
-    """At most about so many elements; the odd stride meets other columns in each row."""
-    stride = -(-value.numel() // most)
-    return flat(value)[:: stride | 1] if stride > 1 else flat(value)
-
-
-def _counted(values: Tensor) -> dict[int, int]:
-    """Value -> how often it is there."""
-    different, times = torch.unique(values, return_counts=True)
-    return dict(zip(different.tolist(), times.tolist(), strict=True))
-
-
-def _extremes(value: Tensor) -> tuple[float, float]:
-    """(Lowest, highest) of what is looked at; NaN if an element is."""
-    seen = _looked_at(value)
-    low, high = torch.aminmax(seen if seen.dtype in (torch.float32, torch.float64) else seen.float())
-    return float(low), float(high)
-
-
-def _on_device(value: Tensor) -> Tensor:
-    """[not finite elements, lowest, highest] of the finite ones, float64, on its device; nothing is waited for."""
-    seen = _looked_at(value).double()
-    finite = seen.isfinite()
-    low = seen.masked_fill(~finite, math.inf).amin()
-    high = seen.masked_fill(~finite, -math.inf).amax()
-    return torch.stack(((~finite).sum().double(), low, high))
-
-
-def _rows(part: _Input) -> Tensor:
-    """All of it as [B, elements of a sample]; for what is to be told only."""
-    return part.value.reshape(part.samples, -1)
-
-
-def _holder(part: _Input, value: float, indices: list[int] | None) -> str:
+def _holder(part: Input, value: float, indices: list[int] | None) -> str:
     """Which sample holds it."""
-    rows = (_rows(part) == value).any(1).nonzero().flatten().tolist() if part.samples else []
+    rows = (rows_of(part) == value).any(1).nonzero().flatten().tolist() if part.samples else []
     return f", {_which(rows, indices)}" if rows else ""
-
-
-def _fingerprints(parts: list[_Input]) -> list[float]:
-    """A number for each sample, equal for equal samples; empty where samples are too small to tell them apart."""
-    batched = [part for part in parts if part.samples and not part.is_label]
-    wide = [part for part in batched if part.value.numel() // part.samples >= _TELLING_ELEMENTS]
-    if not wide:
-        return []
-    samples = wide[0].samples
-    prints_B = torch.zeros(samples, dtype=torch.float64, device="cpu")
-    for number, part in enumerate(wide[:4], start=1):
-        rows = part.value.reshape(samples, -1)
-        stride = max(1, -(-rows.shape[1] // max(64, _PART // samples)))
-        seen_BE = rows[:, :: stride | 1].double()
-        weights_E = torch.arange(1, seen_BE.shape[1] + 1, dtype=torch.float64, device="cpu").mul_(number).sin_()
-        prints_B += (seen_BE * weights_E).sum(1)
-    return list(prints_B.tolist())
 
 
 def _which(rows: list[int], indices: list[int] | None) -> str:

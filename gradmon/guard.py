@@ -50,6 +50,7 @@ class Guard:
         self._detector = Detector(config.clip, config.trend)
         self._policy = Policy(config, self._world_size)
         self._loss_watch = LossWatch(config.loss)
+        self._why_stop = ""
         self._validations = 0
         self._was_healthy = True
         self._newest: StepRecord | None = None
@@ -82,8 +83,8 @@ class Guard:
 
     @property
     def should_stop(self) -> str:
-        """Why training on is a waste; empty if it is not. Equal on all ranks."""
-        return self._loss_watch.why_stop
+        """Why training on is a waste; empty if it is not. Equal on all ranks from one step's begin to the next's."""
+        return self._why_stop
 
     @property
     def last_healthy_step(self) -> int:
@@ -96,7 +97,9 @@ class Guard:
         return dataclasses.replace(limits, skip_above=limits.spike_above) if self._policy.skips_spikes else limits
 
     def limits_for(self, optimizer: Optimizer) -> Limits:
-        """The same, for the optimizer whose step it is."""
+        """The same, for the optimizer whose step begins."""
+        # Not as soon as it is known: a rank that saves `state_dict()` alone knows it one step earlier than the others.
+        self._why_stop = self._loss_watch.why_stop
         limits = self.limits()
         if not evaluates_repeatedly(optimizer):
             return limits
@@ -129,11 +132,11 @@ class Guard:
             return []
         record = peeked.record
         new, self._validations = peeked.validations != self._validations, peeked.validations
-        healthy = self._was_healthy if late else record.healthy
-        self._was_healthy = record.healthy
+        # Ranks may differ in when they observe; what the watch is told must not.
+        healthy, self._was_healthy = record.healthy and self._was_healthy, record.healthy
         step = record.step - late
         found = self._loss_watch.update(
-            step,
+            record.step,
             peeked.mean_loss,
             peeked.losses or None,
             peeked.validation_loss if new else None,
@@ -215,6 +218,7 @@ class Guard:
         self._detector.rebaseline()
         self._policy.rebaseline()
         self._loss_watch.rebaseline()
+        self._why_stop = ""
         self._references.clear()
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -249,7 +253,7 @@ class Guard:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"gradmon state is damaged ({error!r}); pass what Monitor.state_dict() returned") from None
         self._detector, self._policy, self._newest = detector, policy, None
-        self._loss_watch, self._validations = losses, 0
+        self._loss_watch, self._validations, self._why_stop = losses, 0, losses.why_stop
         self._references.clear()
         if self.snapshots is not None:
             self.snapshots.clear()

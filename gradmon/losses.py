@@ -60,21 +60,19 @@ class LossBook:
         self._losses: list[Tensor] = []
         self._follows: bool | None = None
         """True if the script observes after its step, None until it has observed."""
+        self.late = False
+        """True if the newest loss came when this step's rows had been made: it travels with the next one's."""
         self._awaiting: LandingStep | None = None
 
-    def add(self, loss: Tensor, *, stepped: bool) -> None:
-        """One more; `stepped` tells whether a step has been made since attach."""
+    def add(self, loss: Tensor, *, stepped: bool, sent: bool) -> None:
+        """One more; `stepped`: a step has been made since attach; `sent`: this step's rows are on their way."""
         self._observed.loss = loss
         if self._follows is None:
             self._follows = stepped
+        self.late = self._follows or sent
         self._losses = [*self._losses[1 - MOST_LOSSES :], loss]
         if self._follows:
             self.flush()
-
-    @property
-    def follow(self) -> bool:
-        """True if the script observes a step's loss after the step: with the rows of the next one it travels."""
-        return bool(self._follows)
 
     def add_validation(self, loss: Tensor) -> None:
         """One of the weights as they are now."""

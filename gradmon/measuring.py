@@ -239,6 +239,11 @@ class Measurer:
         return any(seen) or not seen
 
     @property
+    def sent(self) -> bool:
+        """True if this step's rows have gone out with the gradients, before the step."""
+        return self._topology.hook is not None and self._topology.hook.shares and self._topology.hook.came
+
+    @property
     def ready(self) -> Stamp | None:
         """When this rank's gradients were ready to meet the others' in this step; None where nobody can tell."""
         return None if self._topology.hook is None else self._topology.hook.ready

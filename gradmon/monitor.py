@@ -197,7 +197,7 @@ class Monitor:
             )
         with self._guarded("loss"):
             if training is not None:
-                self._losses.add(training, stepped=self._made > 0)
+                self._losses.add(training, stepped=self._made > 0, sent=self._measurer.sent)
             if validation is not None:
                 self._losses.add_validation(validation)
                 if self._journal is not None:
@@ -216,7 +216,7 @@ class Monitor:
     def should_stop(self) -> bool:
         """True once the validation loss has stopped improving (`loss.overtraining_patience`): to train on is a waste.
 
-        Equal on all ranks where it is asked between the same two steps: `if monitor.should_stop: break`.
+        Equal on all ranks between the same two steps; a loss observed counts from the second step after it.
         """
         return bool(self._guard.should_stop)
 

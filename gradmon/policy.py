@@ -210,7 +210,8 @@ class Policy:
             return self._end(
                 record,
                 "skip_streak",
-                f"{self._skips} steps in a row were not finite{where}: the weights no longer move",
+                f"{self._skips} steps in a row were not finite{where}: "
+                + ("the weights no longer move" if self._acts else "they are not fit to be trained on"),
             )
         limit = stop.after_scaler_skips or SCALER_STREAK
         if not self._begins("scaler_streak", record.reason == "scaler_skip" and self._scaler_skips >= limit):

@@ -47,7 +47,7 @@ class Watches:
         self._batches = BatchWatch(plan.config.data)
         self._waiting = DataWatch(clock, self._loaded)
         self._capture = Capture(plan.topology.model, plan.watched.device, plan.config.incident, reporter.guarded)
-        self._capture.indices = self._batches.indices_of_newest
+        self._capture.indices = self._batches.loaded
         self._capture.seen = self._forward
         settings = plan.config.weights
         self._parameters = parameters = plan.watched.parameters
@@ -84,7 +84,9 @@ class Watches:
 
     def moments(self) -> Tensor | None:
         """[P, 2], see `MomentSample`; None where they are not measured. Nothing is read back."""
-        return None if self._moments is None else self._moments.norms()
+        with self._reporter.guarded("moments"):  # the update ratios, which come with them, must not be lost
+            return None if self._moments is None else self._moments.norms()
+        return None
 
     def end_step(self, number: int) -> None:
         """Optimizer step `number` has ended; tells what its batches showed."""
@@ -104,7 +106,7 @@ class Watches:
         for event in events:
             self._reporter.tell(event)
         with self._reporter.guarded("loss_watch"):
-            for event in guard.watch_losses(peeked, late=self._losses.follow):
+            for event in guard.watch_losses(peeked, late=self._losses.late):
                 self._reporter.tell(event)
                 if event.kind in ("loss_nonfinite", "loss_spike"):
                     self._look_again(event.step)

@@ -15,7 +15,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ _VERSION_KEY = "gradmon_bundle"
 _RECORDS = 64
 _WORST = 16
 _SAMPLES_NAMED = 4
+#: Parts of a batch, and levels, that are kept: a step must not take longer for a list of a million texts.
+MOST_PARTS = 1024
+_DEEPEST = 16
+_KINDS: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
 #: Marks a dict that was an object with fields: a dataclass, a BatchEncoding.
 _FIELDS_OF = "gradmon:fields of"
 
@@ -269,51 +273,95 @@ def _build(kind: Any, values: Mapping[str, Any]) -> Any:
 # --- what a batch becomes ---------------------------------------------------------------------------------------------
 
 
-def plain(value: Any, where: str, notes: list[str], tensor: Callable[[Tensor, str], Any]) -> Any:
+def plain(
+    value: Any, where: str, notes: list[str], tensor: Callable[[Tensor, str], Any], most: int = MOST_PARTS
+) -> Any:
     """Only containers, numbers, texts and tensors of it; an object with fields becomes a dict that says so.
+
+    Whatever a part is, and whatever it raises when it is looked at: at worst that part is left out.
 
     Args:
         value: a batch, or a part of one.
         where: its name, `input 0`.
         notes: takes a sentence for each part that is left out.
         tensor: what becomes of a tensor.
+        most: parts that are looked at; what comes after them is left out.
     """
-    if isinstance(value, Tensor):
-        return tensor(value, where)
-    if value is None or isinstance(value, (torch.dtype, torch.device)):
-        return value
-    kinds: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
-    for kind in kinds:
-        if isinstance(value, kind):
-            return kind(value)  # of a subclass (numpy's float64, an IntEnum) only the value
-    if type(value) is dict:
-        return _plain_dict(value, where, notes, tensor)
-    if isinstance(value, Mapping):
-        return {_FIELDS_OF: type(value).__name__, **_plain_dict(value, where, notes, tensor)}
-    if isinstance(value, (list, tuple)):
-        parts = [plain(part, f"{where}[{i}]", notes, tensor) for i, part in enumerate(value)]
-        if hasattr(value, "_fields"):  # a named tuple
-            return {_FIELDS_OF: type(value).__name__, **dict(zip(value._fields, parts, strict=True))}
-        return parts if isinstance(value, list) else tuple(parts)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        named = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {_FIELDS_OF: type(value).__name__, **_plain_dict(named, where, notes, tensor)}
-    if hasattr(value, "__array__") and hasattr(value, "dtype"):  # numpy's, without importing it
-        with contextlib.suppress(TypeError, ValueError):
-            notes.append(f"{where} was a {type(value).__module__} array and is a tensor now")
-            return tensor(torch.as_tensor(value), where)
-    notes.append(f"{where} was left out: a {type(value).__module__}.{type(value).__qualname__} can't be saved")
-    return None
+    return _Plain(notes, tensor, most).part(value, where, 0)
 
 
-def _plain_dict(
-    value: Mapping[Any, Any], where: str, notes: list[str], tensor: Callable[[Tensor, str], Any]
-) -> dict[Any, Any]:
-    found = {}
-    for key, part in value.items():
-        name = key if isinstance(key, (str, int)) else str(key)
-        found[plain(name, where, notes, tensor)] = plain(part, f"{where}[{name!r}]", notes, tensor)
-    return found
+class _Plain:
+    def __init__(self, notes: list[str], tensor: Callable[[Tensor, str], Any], most: int) -> None:
+        self._notes = notes
+        self._tensor = tensor
+        self._most = self._left = most
+        self._cut = False
+
+    def part(self, value: Any, where: str, depth: int) -> Any:
+        self._left -= 1
+        if self._left < 0 or depth > _DEEPEST:
+            if not self._cut:
+                self._cut = True
+                self._notes.append(f"{where} was left out: more than {self._most} parts, or {_DEEPEST} levels")
+            return None
+        try:
+            return self._of(value, where, depth)
+        except Exception as error:
+            self._notes.append(f"{where} was left out: it raised {type(error).__name__}: {str(error)[:200]}")
+            return None
+
+    def _of(self, value: Any, where: str, depth: int) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value, where)
+        if value is None or isinstance(value, (torch.dtype, torch.device)):
+            return value
+        for kind in _KINDS:
+            if isinstance(value, kind):
+                return kind(value)  # of a subclass (numpy's float64, an IntEnum) only the value
+        if type(value) is dict:
+            return self._named(value.items(), where, depth)
+        if isinstance(value, Mapping):
+            return {_FIELDS_OF: type(value).__name__, **self._named(value.items(), where, depth)}
+        if isinstance(value, (list, tuple)):
+            if hasattr(value, "_fields"):
+                fields = zip(value._fields, value, strict=True)
+                return {_FIELDS_OF: type(value).__name__, **self._named(fields, where, depth)}
+            parts = self._listed(value, where, depth)
+            return parts if isinstance(value, list) else tuple(parts)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            named = ((f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value))
+            return {_FIELDS_OF: type(value).__name__, **self._named(named, where, depth)}
+        if type(value).__module__ == "numpy" and _is_writable(value):  # torch warns of those that are not
+            with contextlib.suppress(TypeError, ValueError):
+                array = torch.as_tensor(value)
+                self._notes.append(f"{where} was a numpy array and is a tensor now")
+                return self._tensor(array, where)
+        self._notes.append(
+            f"{where} was left out: a {type(value).__module__}.{type(value).__qualname__} can't be saved"
+        )
+        return None
+
+    def _listed(self, value: Any, where: str, depth: int) -> list[Any]:
+        found = []
+        for i, part in enumerate(value):
+            found.append(self.part(part, f"{where}[{i}]", depth + 1))
+            if self._left < 0:
+                break
+        return found
+
+    def _named(self, items: Iterable[tuple[Any, Any]], where: str, depth: int) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for key, part in items:
+            name = key if isinstance(key, (str, int)) else str(key)
+            name = str(name) if isinstance(name, str) else int(name)
+            found[name] = self.part(part, f"{where}[{name!r}]", depth + 1)
+            if self._left < 0:
+                break
+        return found
+
+
+def _is_writable(array: Any) -> bool:
+    return bool(getattr(getattr(array, "flags", None), "writeable", False))
 
 
 def restored(value: Any) -> Any:

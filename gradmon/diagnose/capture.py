@@ -6,6 +6,7 @@ compiled in place (`model.compile()`), or is called through another's compiled g
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import random
 import sys
@@ -22,9 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradmon import __version__
 from gradmon.config import IncidentConfig
+from gradmon.data_watch import Loaded
 from gradmon.diagnose.bundle import Bundle, Draft, Forward, bundle_path, inputs_of, plain
 from gradmon.diagnose.operations import is_users
 from gradmon.diagnose.weights import plain_name
+from gradmon.inputs import is_readable
 from gradmon.record import RankIdentity, StepRecord
 
 #: Frames of the user's code that are kept of a forward call.
@@ -32,6 +35,10 @@ _FRAMES = 12
 #: So many steps pass before the next bundle of the same kind: a burst is one incident, and an incident in every step
 #: must not copy a batch in every step.
 _STEPS_BETWEEN = 100
+#: After so many forwards that drew nothing from the module `random` its state is no longer taken.
+_FORWARDS_TO_TELL = 8
+#: Parts of a batch that are saved.
+_PARTS_SAVED = 1 << 16
 
 
 @dataclass(slots=True)
@@ -45,6 +52,7 @@ class _Held:
     autocast: torch.dtype | None
     stack: list[tuple[str, int, str]]
     indices: Any
+    """The indices, or a `Loaded` that can tell them."""
     notes: list[str]
     versions: dict[int, int] = field(default_factory=dict)
     """id of a tensor -> how often it had been written to in place."""
@@ -72,7 +80,7 @@ class Capture:
 
     Attributes:
         why_nothing: a sentence if no batch can be captured of this model; else empty.
-        indices: gives the dataset indices of the newest batch; None where the loader does not tell.
+        indices: gives the dataset indices of the newest batch, or a `Loaded`; None where the loader does not tell.
         seen: is given the inputs of each forward call, by name.
         backwards: gives how many backwards the step in progress has had; None: forwards are counted.
     """
@@ -93,10 +101,16 @@ class Capture:
         self._config = config
         self._guarded = guarded
         self._depth = 0
+        self._taken = False
+        """True inside a forward that is kept."""
         self._now = self._new_step()
         self._previous: tuple[int, _Step] | None = None
         self._last_saved: dict[str, int] = {}
         """Reason of an incident -> step of its newest bundle."""
+        self._python: Any = None
+        """State of the module `random` before the newest forward that may have used it."""
+        self._forwards_to_tell = _FORWARDS_TO_TELL
+        self._draws = False
         self._handles: list[Any] = []
         self._device_rng = _device_generator(device)
         if config.bundles == 0:
@@ -108,12 +122,13 @@ class Capture:
             )
         else:
             self._handles = [
-                model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
-                model.register_forward_hook(self._after, always_call=True),
+                model.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
+                model.register_forward_hook(_Hook(self._after), always_call=True),
             ]
 
     def step_ended(self, number: int) -> None:
         """Optimizer step `number` has ended: what comes next is of the next; what is older than it is let go."""
+        self._depth = 0  # a KeyboardInterrupt in a forward that the script lives through leaves it raised
         self._previous = (number, self._now)
         self._now = self._new_step()
 
@@ -149,7 +164,7 @@ class Capture:
         room = self._config.max_mib << 20
         forwards = []
         for held in self._chosen(record, step, notes):
-            size = sum(t.nbytes for t in _tensors(held))
+            size = _bytes_of(held)
             if size > room:
                 notes.append(
                     f"the batch of micro-step {held.micro_step} was left out: {_mib(size)} do not fit into"
@@ -178,22 +193,25 @@ class Capture:
     # --- in every forward ----------------------------------------------------------------------------------------
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # we are being traced into a graph: leave nothing in it
-            return
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
+        # Traced, or transformed by torch.func: the batch is none that could be saved.
+        if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+            return
         try:
             self._take(args, kwargs)
-            if self.seen is not None:
-                self.seen(dict(inputs_of(args, kwargs)))
         except Exception:
             with self._guarded("capture"):
                 raise
 
     def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._depth -= 1
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0 and self._taken and self._forwards_to_tell:
+            self._forwards_to_tell -= 1
+            if random.getstate() != self._python:
+                self._draws, self._forwards_to_tell = True, 0
+        self._taken = False
 
     def _take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -220,7 +238,7 @@ class Capture:
             rng={
                 "cpu": torch.default_generator.get_state(),
                 "device": None if self._device_rng is None else self._device_rng.get_state(),
-                "python": random.getstate(),
+                "python": self._python_state(),
             },
             autocast=_autocast(self._device.type),
             stack=list(_users_frames()),
@@ -230,6 +248,15 @@ class Capture:
             requires_grad=requires_grad,
         )
         step.held.append(held)
+        if self.seen is not None:
+            self.seen(dict(inputs_of(held.args, held.kwargs)))  # what is held has no graph
+
+    def _python_state(self) -> Any:
+        """Costs as much as all else here, and few models draw from it: any state will do for one that does not."""
+        self._taken = True
+        if self._draws or self._forwards_to_tell:
+            self._python = random.getstate()
+        return self._python
 
     def _new_step(self) -> _Step:
         return _Step(deque(maxlen=self._config.batches))
@@ -275,18 +302,20 @@ class Capture:
                 notes.append(f"{where} of micro-step {held.micro_step} was written over after the forward call")
             return _on_host(tensor, where, notes)
 
+        args = tuple(plain(value, where, notes, to_host, _PARTS_SAVED) for where, value in inputs_of(held.args, {}))
+        kwargs = {
+            name.removeprefix("input "): plain(value, name, notes, to_host, _PARTS_SAVED)
+            for name, value in inputs_of((), held.kwargs)
+        }
         return Forward(
             micro_step=held.micro_step,
-            args=tuple(plain(value, where, notes, to_host) for where, value in inputs_of(held.args, {})),
-            kwargs={
-                name.removeprefix("input "): plain(value, name, notes, to_host)
-                for name, value in inputs_of((), held.kwargs)
-            },
+            args=args,
+            kwargs=kwargs,
             rng=held.rng,
             device=self._device.type,
             autocast=held.autocast,
             stack=[f"{file}:{line} in {function}" for file, line, function in held.stack],
-            indices=plain(held.indices, "indices", notes, to_host),
+            indices=plain(_indices(held, (args, kwargs), notes), "indices", notes, to_host, _PARTS_SAVED),
             requires_grad=held.requires_grad,
         )
 
@@ -312,6 +341,24 @@ class Capture:
         return {name: t for name, t in saved.items() if t is not None}
 
 
+class _Hook:
+    """A hook on the user's module. A copy of the module, for a mean of the weights or on its way to a file or another
+    process, takes along a call that does nothing, of the standard library, and nothing of gradmon.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Any) -> None:
+        """Traced into a graph it leaves nothing there."""
+        if not torch.compiler.is_compiling():
+            self._function(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """`nullcontext().__exit__` takes any arguments and gives None."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The user's own module, out of DDP and torch.compile."""
     inner: Any = model
@@ -331,24 +378,62 @@ def _on_host(tensor: Tensor, where: str, notes: list[str]) -> Tensor | None:
     if hasattr(value, "placements"):
         notes.append(f"{where} is this rank's part of a DTensor")
         value = value.to_local()
-    if value.is_nested or value.layout not in (torch.strided, torch.sparse_coo):
-        notes.append(f"{where} was left out: a tensor of layout {value.layout} can't be saved")
+    sparse = type(value) is Tensor and value.layout == torch.sparse_coo
+    if not sparse and not is_readable(value):
+        notes.append(f"{where} was left out: a {_kind(value)} can't be saved")
         return None
     with torch.no_grad():
-        host: Tensor = value.detach().as_subclass(Tensor).to("cpu", copy=True)  # sync: an incident, once
+        plainly = value.detach() if sparse else value.detach().as_subclass(Tensor)
+        host: Tensor = plainly.to("cpu", copy=True)  # sync: an incident, once
     if host.is_inference():
         host = host.clone()
     return host
 
 
-def _tensors(held: _Held) -> list[Tensor]:
-    found: dict[int, Tensor] = {}
+def _kind(value: Tensor) -> str:
+    if type(value) is not Tensor:
+        return type(value).__qualname__
+    return f"tensor of layout {value.layout}, type {value.dtype} and device {value.device.type}"
+
+
+def _indices(held: _Held, on_host: Any, notes: list[str]) -> Any:
+    """The dataset indices of the batch that this forward was given."""
+    if not isinstance(held.indices, Loaded):
+        return held.indices
+    found: list[Tensor] = []
+    plain(on_host, "", [], lambda tensor, _where: found.append(tensor), _PARTS_SAVED)
+    indices = held.indices.indices_of(found)
+    if indices is None and any(asked is not None for asked, _ in held.indices.batches):
+        notes.append(
+            "the samples' dataset indices are not known: the batch was changed between loader and model, and a loader "
+            "may be ahead of it"
+        )
+    return indices
+
+
+def _bytes_of(held: _Held) -> int:
+    """What it takes on the host, about."""
+    tensors: dict[int, Tensor] = {}
+    texts = 0
 
     def add(tensor: Tensor, _where: str) -> None:
-        found[id(tensor)] = tensor
+        tensors[id(tensor)] = tensor
 
-    plain((held.args, held.kwargs), "", [], add)
-    return list(found.values())
+    def look(value: Any) -> None:
+        nonlocal texts
+        if isinstance(value, (str, bytes)):
+            texts += len(value)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                look(part)
+        elif isinstance(value, dict):
+            look(list(value.values()))
+
+    plain((held.args, held.kwargs), "", [], add, _PARTS_SAVED)
+    look((held.args, held.kwargs))
+    return texts + sum(
+        (t._nnz() if t.layout == torch.sparse_coo else t.numel()) * t.element_size() for t in tensors.values()
+    )
 
 
 def _device_generator(device: torch.device) -> torch.Generator | None:

@@ -21,7 +21,7 @@ FLOORS = {
     "measuring": 1, "updates": 1, "detector": 1, "policy": 1, "actions": 1, "noise": 1, "stepping": 1, "landing": 1,
     "losses": 1, "resources": 1, "clipping": 1, "scaler": 1, "handshake": 1, "exits": 1, "replicas": 1, "snapshot": 1,
     "guard": 1, "health": 1, "rules": 1, "counting": 1, "timing": 1,
-    "loss_watch": 1, "data_watch": 1, "weight_watch": 1,
+    "loss_watch": 1, "inputs": 1, "data_watch": 1, "weight_watch": 1,
     "journal": 2, "identity": 2,
     "agent": 3, "plan": 3, "reporter": 3, "diagnose": 3, "watches": 3,
     "monitor": 4,
@@ -39,7 +39,8 @@ WITHIN = {
     "guard": {"actions", "detector", "landing", "loss_watch", "policy", "snapshot", "topology"},
     "scaler": {"topology"}, "losses": {"landing", "rows"}, "layers": {"record"}, "cli": {"demo", "stack"},
     "demo": {"stack"}, "diagnose": {"agent"},
-    "plan": {"agent"}, "watches": {"diagnose", "plan", "reporter"}, "data_watch": {"landing", "loss_watch", "stats"},
+    "plan": {"agent"}, "watches": {"diagnose", "plan", "reporter"}, "data_watch": {"inputs", "landing", "loss_watch"},
+    "inputs": {"stats"},
     "weight_watch": {"stats"},
 }  # fmt: skip
 PURE = {"record", "metrics", "detector", "policy", "layers", "noise", "counting", "rules", "loss_watch"}

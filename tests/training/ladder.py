@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import sharded
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import gradmon
 from gradmon.journal import JournalView, read_journal
+from gradmon.record import DataReason
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Outcome:
 
     @property
     def events(self) -> list[tuple[int, str, str, bool]]:
-        return [(e.step, e.kind, e.action, e.applied) for _, e in self.journal.events]
+        """Without what was found in the data, which is each rank's own."""
+        told = (e for _, e in self.journal.events if e.kind not in get_args(DataReason))
+        return [(e.step, e.kind, e.action, e.applied) for e in told]
 
     @property
     def actions(self) -> dict[int, str]:

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from gradmon import data_watch
 from gradmon.config import Config, DataConfig
-from gradmon.data_watch import RULES, WHOLE_BYTES, BatchWatch
+from gradmon.data_watch import RULES, BatchWatch, index_numbers
+from gradmon.inputs import WHOLE_BYTES
 from gradmon.landing import HostCopy
 from gradmon.record import Finding
 
@@ -50,6 +51,12 @@ def seen(watch: BatchWatch, loader: DataLoader[Any], epochs: int = 1) -> Iterato
         for batch in iterator:
             watch.seen(iterator, batch)
             yield batch
+
+
+def asked_for(watch: BatchWatch) -> list[int] | None:
+    """Indices of the newest batch."""
+    loaded = watch.loaded().batches
+    return index_numbers(loaded[0][0]) if loaded else None
 
 
 def told(watch: BatchWatch, *batches: Any) -> list[Finding]:
@@ -95,7 +102,7 @@ def test_indices_are_those_of_the_batch(watch: BatchWatch, workers: int, persist
         iterator, order = iter(loader), []
         for number, batch in enumerate(iterator):
             watch.seen(iterator, batch)
-            assert watch.indices_of_newest() == batch[:, 0].int().tolist()
+            assert asked_for(watch) == batch[:, 0].int().tolist()
             order += batch[:, 0].int().tolist()
             if epoch == 1 and number == 3:
                 break
@@ -106,9 +113,9 @@ def test_indices_are_those_of_the_batch(watch: BatchWatch, workers: int, persist
 
 def test_indices_of_a_custom_batch_sampler_and_of_single_samples(watch: BatchWatch) -> None:
     for batch in seen(watch, DataLoader(Numbers(), batch_sampler=[[3, 1], [2], [7, 7, 7]])):
-        assert watch.indices_of_newest() == batch[:, 0].int().tolist()
+        assert asked_for(watch) == batch[:, 0].int().tolist()
     for sample in seen(watch, DataLoader(Numbers(), batch_size=None)):
-        assert watch.indices_of_newest() == [int(sample[0])]
+        assert asked_for(watch) == [int(sample[0])]
 
 
 class Stream(IterableDataset[Any]):
@@ -131,7 +138,7 @@ class Keyed(Dataset[Any]):
     ids=["stream", "keys", "out of order"],
 )
 def test_indices_that_can_not_be_known(watch: BatchWatch, loader: Callable[[], DataLoader[Any]]) -> None:
-    batches = [watch.indices_of_newest() for _ in seen(watch, loader())]
+    batches = [asked_for(watch) for _ in seen(watch, loader())]
     assert batches
     assert set(map(type, batches)) == {type(None)}
 
@@ -158,7 +165,7 @@ def test_a_batch_that_failed_does_not_shift_the_indices(watch: BatchWatch, worke
         except StopIteration:
             break
         watch.seen(iterator, batch)
-        assert watch.indices_of_newest() == batch[:, 0].int().tolist()
+        assert asked_for(watch) == batch[:, 0].int().tolist()
         good += 1
     assert (good, failed) == (9, 1)
 
@@ -428,7 +435,7 @@ def test_puts_torch_back_and_passes_through_under_another_patch() -> None:
         kind._next_index = lambda iterator: ours(iterator)  # type: ignore[method-assign]
         watch.stop()
         assert len(list(seen(watch, DataLoader(Numbers(), batch_size=4)))) == 10
-        assert watch.indices_of_newest() is None
+        assert asked_for(watch) is None
     finally:
         kind._next_index = before  # type: ignore[method-assign]
 
@@ -443,7 +450,7 @@ class Nested(Numbers):
     def __getitem__(self, index: int) -> Tensor:
         for _ in seen(self.watch, DataLoader(Numbers(8), batch_size=8)):
             pass
-        noted = self.watch.indices_of_newest() is not None or bool(self.watch.take())
+        noted = asked_for(self.watch) is not None or bool(self.watch.take())
         return torch.full((8,), float(noted) + 2 * (os.getpid() != self.watch._pid) + index * 10)
 
 
@@ -509,7 +516,7 @@ class Travelling(HostCopy):
 def test_inputs_on_a_device_are_read_when_they_have_landed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the device computes, computed here; CUDA itself is for tests/gpu."""
     monkeypatch.setattr(data_watch, "HostCopy", Travelling)
-    monkeypatch.setattr(data_watch, "_on_host", lambda value: False)
+    monkeypatch.setattr(data_watch, "on_host", lambda value: False)
     monkeypatch.setattr(Travelling, "here", False)
     watch = BatchWatch(ALWAYS)
     far, bad = rows(seed=98), rows(seed=99)

@@ -202,3 +202,36 @@ def test_all_ranks_are_told_to_stop_at_the_same_step(two_ranks: Ranks, tmp_path:
     (view,) = [read_journal(path) for path in tmp_path.rglob("rank-00000.db")]
     assert view.samples["early_stop"] == 1
     assert [event.kind for _, event in view.events if event.kind == "overtraining"] == ["overtraining"]
+
+
+def _observes(directory: str, when: str) -> int:
+    """Step of the event about the one loss that is NaN, of step 5."""
+    os.environ |= {"GRADMON_DIR": directory, "GRADMON_RUN": when.replace(" ", "-"), "GRADMON_AGENT": "off"}
+    model = DistributedDataParallel(build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradmon.attach(model, optimizer) as monitor:
+        for step in range(1, 11):
+            loss: Tensor = model(torch.ones(2, FEATURES)).square().mean()
+            told = loss * math.nan if step == 5 and dist.get_rank() == 1 else loss
+            optimizer.zero_grad()
+            if when == "before backward":
+                monitor.observe(loss=told)
+            loss.backward()
+            if when == "after backward":
+                monitor.observe(loss=told)
+            optimizer.step()
+            if when == "after step":
+                monitor.observe(loss=told)
+    (event,) = [e for _, e in look(monitor).events if e.kind == "loss_nonfinite"]
+    assert event.rank == 1
+    return event.step
+
+
+def look(monitor: gradmon.Monitor) -> JournalView:
+    assert monitor.journal_path is not None
+    return read_journal(monitor.journal_path)
+
+
+@pytest.mark.parametrize("when", ["before backward", "after backward", "after step"])
+def test_a_loss_is_told_at_its_own_step(two_ranks: Ranks, tmp_path: Path, when: str) -> None:
+    assert two_ranks.run(_observes, str(tmp_path), when) == [5, 5]
