@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import zoo_doctor
@@ -42,6 +43,18 @@ def advice() -> str:
 def test_the_docs_hold_the_tables() -> None:
     assert ZOO.read_text() == zoo()
     assert ADVICE.read_text() == advice()
+
+
+def test_the_catalogue_has_every_rule_of_the_doctor() -> None:
+    """And no rule that the doctor does not know."""
+    text = ZOO.with_name("CATALOGUE.md").read_text()
+    chapter = text.split("## Rules of the doctor")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`([a-z0-9_]+)`", chapter))
+    found = {case.names[0] for case in zoo_doctor.BROKEN if re.fullmatch(r"[a-z0-9_]+_[a-z0-9_]+", case.names[0])}
+    assert len(found) > 15
+    assert found <= listed
+    source = "".join(path.read_text() for path in ZOO.parent.joinpath("doctor").glob("*.py"))
+    assert not {rule for rule in listed if f'"{rule}"' not in source}
 
 
 def test_there_are_enough_of_each() -> None:
