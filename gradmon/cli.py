@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -64,6 +65,9 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     for name, (module, what) in _EXPLAIN.items():
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         if name == chosen:
+            warnings.filterwarnings(
+                "ignore", "Failed to initialize NumPy"
+            )  # by torch
             found = importlib.import_module(module)
             found.add_arguments(command)
             command.set_defaults(command=found.run)

@@ -37,7 +37,7 @@ class Announcer:
     def stop(self) -> None:
         """Say what was held back, and leave the logger as it was found."""
         for kind, count in self._held.items():
-            self._log(logging.WARNING, f"{kind}: and {count} more")
+            self._log(logging.WARNING, f"{count} more of the kind {kind.replace('_', ' ')}")
         self._held.clear()
         if self._handler is not None:
             logger.removeHandler(self._handler)

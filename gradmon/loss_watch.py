@@ -246,7 +246,7 @@ class LossWatch:
         return Finding(
             rule="loss_nonfinite",
             where=where,
-            message=f"the loss is {loss}{' on ' + where if where else ' on all ranks' if bad else ''}",
+            message=f"the loss is {loss}{' on ' + where if where else ' on all ranks' if len(bad) > 1 else ''}",
             measured=loss,
             source="arithmetic: a mean with one NaN is NaN",
             cure="look for log(0), 0/0, sqrt at 0 and exp of large values; `gradmon replay` finds the operation",

@@ -596,5 +596,5 @@ class Monitor:
                 doer.restore()
         if self._journal is not None:
             self._journal.close(end, detail)
-        self._say.stop()
+        self._reporter.stop()
         atexit.unregister(self._at_exit)

@@ -243,7 +243,7 @@ def _opening_lines(
     """(level, line): what rank 0 says of a run when it begins, and of settings that have no effect in it."""
     topology, settings = plan.topology, plan.config
     mode = "guarding" if acts else "watching"
-    yield logging.INFO, f"{mode} run {identity.run} ({identity.world_size} ranks)"
+    yield logging.INFO, f"{mode} run {identity.run} ({identity.world_size} rank{'s' * (identity.world_size > 1)})"
     if "~" in identity.run:
         yield logging.WARNING, f"another run of that name is alive: this one is {identity.run} in metrics and page"
     if not topology.acts:

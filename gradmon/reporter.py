@@ -34,12 +34,14 @@ class Reporter:
         self._health = health
         self.ended = False
         """True once the journal has its last row, of a stop."""
+        self._incidents = 0
         self.say = Announcer(rank)
         self.journal: JournalWriter | None = None
 
     def tell(self, event: Event) -> None:
         """The culprit speaks of what is its own, rank 0 of the rest; the journal has its steps' incidents already."""
         of_step = event.kind in ("spike", "nonfinite", "left_out")
+        self._incidents += of_step
         of_rank = of_step or event.kind in get_args(DataReason)
         if not of_step and self.journal is not None:
             self.journal.put(event)
@@ -68,6 +70,13 @@ class Reporter:
         self._write_health()
         if self.journal is not None:
             self.journal.close("exception", message)
+
+    def stop(self) -> None:
+        """The last lines: what was held back, and where to read on."""
+        if self._rank == 0 and self._incidents and self.journal is not None:
+            steps = f"{self._incidents} step{'s' * (self._incidents > 1)} broke"
+            self.say.once(f"{steps}; what happened, and what to do: gradmon report {self.journal.path.parent.parent}")
+        self.say.stop()
 
     def _write_health(self) -> None:
         if self.journal is not None:

@@ -34,7 +34,9 @@ def start_agent(directory: Path, config: Config, say: Announcer) -> None:
         if address is None:
             say.once(f"the agent did not start; see {served / LOG_NAME}. Training goes on, journals are kept.")
         else:
-            say.once(f"live page and metrics: {identity.page_hint(address, os.environ)}", logging.INFO)
+            stays = identity.linger_seconds(config.agent.linger_seconds, os.environ) or served != directory
+            until = "" if stays else " until the job ends"
+            say.once(f"live page and metrics{until}: {identity.page_hint(address, os.environ)}", logging.INFO)
 
     threading.Thread(target=announce, name="gradmon-agent-address", daemon=True).start()
 

@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Bytes in, logits over the next byte out."""
+    """Bytes in, loss of predicting each next byte out: so an incident's bundle holds all that the loss depends on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,11 +84,11 @@ class Model(nn.Module):
         for parameter in (self.token.weight, self.position.weight):
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[batch, time] -> [batch, time, 256]."""
+    def forward(self, tokens: Tensor, targets: Tensor, weight: float = 1.0) -> Tensor:
+        """[batch, time] twice -> mean cross-entropy per byte, times the batch's weight."""
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(x)))
-        return logits
+        return cross_entropy(logits.flatten(0, 1), targets.flatten()) * weight
 
 
 def load_text() -> tuple[Tensor, Tensor]:
@@ -108,11 +108,6 @@ def draw(text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return windows[:, :-1], windows[:, 1:]
 
 
-def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Tensor:
-    """Mean cross-entropy per byte, times the batch's weight."""
-    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) * weight
-
-
 def learning_rate(step: int, steps: int) -> float:
     """Warm-up over a tenth of the run, then cosine to a tenth of the peak."""
     warm = min(1.0, step / max(1, steps // 10))
@@ -123,7 +118,7 @@ def learning_rate(step: int, steps: int) -> float:
 def validate(model: nn.Module, text: Tensor) -> float:
     """Mean loss over 20 fixed batches."""
     generator = torch.Generator().manual_seed(1)
-    return sum(float(loss_of(model, *draw(text, generator))) for _ in range(20)) / 20
+    return sum(float(model(*draw(text, generator))) for _ in range(20)) / 20
 
 
 class Progress:
@@ -170,9 +165,9 @@ def train(args: argparse.Namespace) -> None:
             weight = math.nan
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps) * (30 if fault == "rate" else 1)
-        loss = loss_of(model, inputs, targets, weight)
+        loss = model(inputs, targets, weight)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         monitor.observe(loss=loss)  # gradmon
         if step == 1:

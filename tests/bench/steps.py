@@ -70,7 +70,7 @@ class Trainer:
         torch.manual_seed(0)
         demo = scenario.model == "demo"
         self.text = train.load_text()[0] if demo else None
-        self.loss_of: Callable[..., Tensor] = train.loss_of if demo else gpt2.loss_of
+        self.loss_of: Callable[..., Tensor] = (lambda model, *batch: model(*batch)) if demo else gpt2.loss_of
         self.module: nn.Module = (train.Model() if demo else gpt2.GPT2()).to(self.device)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=True)
         self.state: dict[str, Any] | None = None

@@ -341,7 +341,7 @@ HEALTHY: tuple[Healthy, ...] = (
     Healthy("CNN with BatchNorm", cnn),
     Healthy("ResNet", resnet),
     Healthy("U-Net", unet),
-    Healthy("transformer, pre-norm", transformer),
+    Healthy("pre-norm transformer", transformer),
     Healthy("LSTM", lstm),
     Healthy("ViT", vit),
     Healthy("GAN", gan),

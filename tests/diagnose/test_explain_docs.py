@@ -23,7 +23,9 @@ def zoo() -> str:
     healthy = ", ".join(one.name for one in HEALTHY)
     rows = []
     for case in CASES:
-        names = ", ".join("`" + " ".join(name.split()) + "`" for name in case.names)
+        telling = [" ".join(name.split()) for name in case.names]
+        telling = [name for name in telling if len(name) > 4 and not name.endswith(".py") and name != "reproduced:"]
+        names = ", ".join(f"`{name}`" for name in telling)
         rows.append(f"| {case.wrong} | {TOOLS[case.tool]} | {names} |\n")
     return (
         f"# Broken trainings that gradmon explains\n\n{len(CASES)} trainings, each broken for real in a test of "
