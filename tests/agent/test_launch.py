@@ -195,6 +195,7 @@ def test_it_starts_from_a_package_only_the_working_directory_knows(directory, mo
 def test_its_environment_is_no_workers(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "NCCL_DEBUG"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it in this process once it compiles
     monkeypatch.setenv("HOME", "/home/me")
     environment = launch._environment()
     assert environment["HOME"] == "/home/me"
