@@ -259,8 +259,8 @@ class Policy:
                 record,
                 "left_out_streak",
                 "none",
-                f"rank {rank} was left out of the average in {limit} steps in a row: a broken GPU, or bad data in its "
-                f"shard; without it the batch is smaller by its share",
+                f"rank {rank} was left out of the average in {limit} steps in a row: bad data in its shard, or a "
+                f"broken GPU; without it the batch is smaller by its share",
                 rank=rank,
             )
             for rank, steps in self._left_out.items()
@@ -290,7 +290,8 @@ class Policy:
         return on and not told
 
     def _end(self, record: StepRecord, kind: StreakReason, why: str, rank: int | None = None) -> Event:
-        done = "stopping all ranks" if self._acts else "would have stopped all ranks"
+        done = "stopping" if self._acts else "would have stopped"
+        done += " all ranks" if self._world_size > 1 else ""
         event = self._event(record, kind, "stop", f"{why}: {done}", rank=rank)
         if self._acts:
             self.stop = event

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from gradmon.diagnose import symptoms
 from gradmon.diagnose.story import Story
+from gradmon.diagnose.telling import NO_MODULE, factory_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Rule:
     causes: tuple[str, ...]
     """Likely ones, likeliest first."""
     cures: tuple[str, ...]
-    """What to do, first things first. `BUNDLE` stands for an incident's bundle."""
+    """What to do, first things first. `BUNDLE` stands for an incident's bundle, MODULE:FACTORY for the model."""
     evidence: Callable[[Story], str]
     """What of it a story shows, in numbers; "" if nothing."""
     urgent: bool = False
@@ -43,17 +43,23 @@ class Advice:
 
 
 def advise(story: Story) -> list[Advice]:
-    """The rules that `story` shows, urgent ones first; empty for a healthy run."""
-    best = story.best_bundle
-    bundle = "BUNDLE" if best is None else shlex.quote(str(best.path))
+    """The rules that `story` shows, urgent ones first; empty for a healthy run.
+
+    The command that replays the incident stands once above them, wherever they are shown.
+    """
     found = []
     for rule in RULES:
         evidence = rule.evidence(story)
         if evidence:
-            cures = tuple(_NO_BUNDLE if cure == _REPLAY and best is None else cure for cure in rule.cures)
-            cures = tuple(cure.replace("BUNDLE", bundle) for cure in cures)
+            cures = tuple(_cure_for(story, cure) for cure in rule.cures)
             found.append(Advice(rule.name, rule.seen, evidence, rule.causes, cures, rule.urgent))
     return sorted(found, key=lambda advice: not advice.urgent)
+
+
+def _cure_for(story: Story, cure: str) -> str:
+    if _RUN_AGAIN not in cure:
+        return cure.replace(NO_MODULE, factory_of(story.identity.script)[1])
+    return _NO_BUNDLE if story.best_bundle is None else cure.replace(_RUN_AGAIN, "replay it (above)")
 
 
 def advice_table() -> str:
@@ -65,7 +71,8 @@ def advice_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-_REPLAY = "run `gradmon replay BUNDLE --model module:factory`: it names the operation that broke first"
+_RUN_AGAIN = f"run `gradmon replay BUNDLE --model {NO_MODULE}`"
+_REPLAY = f"{_RUN_AGAIN}: it names the operation that broke first"
 
 #: In its place where there is none: what is kept are steps whose gradients broke.
 _NO_BUNDLE = (
@@ -77,11 +84,13 @@ _GRADIENTS = (
     Rule(
         "one bad rank",
         "one rank of several causes most of the non-finite steps",
-        ("a broken GPU or memory (ECC errors)", "bad data in that rank's shard", "a race in a kernel"),
+        ("bad data in that rank's shard", "a race in a kernel", "a broken GPU or memory (ECC errors)"),
         (
-            "run `gradmon replay BUNDLE --model module:factory` on another machine: not reproduced means hardware",
-            "look for ECC and Xid errors (`nvidia-smi -q -d ECC`, `dmesg | grep Xid`), then swap the node",
-            "if it is reproduced, look through that rank's shard of the data",
+            f"{_RUN_AGAIN}: reproduced means the data or the code; unclear says nothing (the loss was not in the "
+            "bundle); not reproduced with the step's own weights (`incident.weights: true`) points to hardware",
+            "look through that rank's shard of the data, the samples of these steps first",
+            "only after more than a handful of such steps, none of them reproduced: look for ECC and Xid errors "
+            "(`nvidia-smi -q -d ECC`, `dmesg | grep Xid`), then swap the node",
             "set `leave_out.bad_rank: true` to go on without that rank meanwhile",
         ),
         symptoms.one_bad_rank,
@@ -89,9 +98,9 @@ _GRADIENTS = (
     ),
     Rule(
         "NaN from one batch",
-        "single steps are not finite, the steps around them are healthy",
+        "single steps are not finite, the steps around them are healthy, on one rank or on all",
         (
-            "a sample with NaN, Inf or an empty target",
+            "a sample with NaN, Inf or an empty target; where all ranks broke at once, more likely the code",
             "log(0), 0/0 in a masked mean, sqrt at 0 in the backward pass",
             "overflow of exp in half precision",
         ),
@@ -105,7 +114,7 @@ _GRADIENTS = (
     ),
     Rule(
         "broken for good",
-        "ten or more steps in a row are not finite",
+        "ten or more steps in a row are not finite, or as many as gradmon stops the run for",
         (
             "the weights or the optimizer's moments are NaN",
             "the learning rate is too high",
@@ -135,12 +144,12 @@ _GRADIENTS = (
     ),
     Rule(
         "explodes early",
-        "half of the incidents or more lie in the first 200 steps",
+        "half of the spikes or more lie in the first 200 steps of a longer run",
         ("no learning-rate warm-up", "initial weights of the wrong size", "no gradient clipping"),
         (
             "warm the learning rate up over 1 to 5 % of the run: `torch.optim.lr_scheduler.LinearLR(optimizer, 0.01)`",
             "initialise for the activation: Xavier for tanh and sigmoid (`nn.init.xavier_uniform_`), He for ReLU "
-            "(`nn.init.kaiming_normal_`); audit it with `gradmon doctor module:factory`",
+            "(`nn.init.kaiming_normal_`); audit it with `gradmon doctor MODULE:FACTORY`",
             "clip from the first step on, where the detector is not active yet: `clip.max_norm: 1.0`",
         ),
         symptoms.explodes_early,
@@ -212,7 +221,7 @@ _GRADIENTS = (
             "He initialisation for ReLU, Xavier for tanh and sigmoid",
             "LeakyReLU, SELU or GELU in place of sigmoid, tanh and ReLU",
             "residual connections and normalisation layers; else a simpler or shallower model",
-            "audit the profile over the layers: `gradmon doctor module:factory`",
+            "audit the profile over the layers: `gradmon doctor MODULE:FACTORY`",
             "leave batches out in which every label is ignored: `if (labels != -100).any()`",
         ),
         symptoms.vanished,
@@ -387,7 +396,7 @@ _MACHINES = (
         ),
         (
             "`nn.ReLU(inplace=False)` where its input is used again; `x = x + y` for `x += y`",
-            "`torch.autograd.set_detect_anomaly(True)`, or `gradmon replay BUNDLE`, names the line",
+            "`torch.autograd.set_detect_anomaly(True)` names the line",
         ),
         symptoms.inplace,
         urgent=True,
@@ -455,7 +464,8 @@ _MACHINES = (
         "attempts end at the same step, one after the other",
         ("the same batch kills each attempt", "the checkpoint they go back to holds NaN"),
         (
-            "skip that batch, or replay it: `gradmon replay BUNDLE --model module:factory`",
+            "skip that batch",
+            _REPLAY,
             "go back one checkpoint further",
         ),
         symptoms.dies_at_same_step,
@@ -474,7 +484,7 @@ _MACHINES = (
     ),
     Rule(
         "data wait",
-        "a tenth of a step or more is spent waiting for the DataLoader",
+        "a tenth of a step or more, and 5 ms at least, is spent waiting for the DataLoader",
         ("too few workers", "slow or remote storage", "decoding in the training process"),
         (
             "more `num_workers`, `prefetch_factor`, `persistent_workers=True`, `pin_memory=True`",

@@ -60,7 +60,7 @@ class Chosen:
     places: tuple[Place, ...]
     """By attempt, then by rank."""
     others: tuple[str, ...]
-    """Other runs, and other instances of this one (`run/instance`), that lie below the same directory."""
+    """Other runs, and other instances of this one (`run/instance`), below the same directory; newest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +146,13 @@ def choose_run(directory: Path, run: str | None = None) -> Chosen:
     if not wanted:
         names = ", ".join(sorted({name for _, name, _ in groups}))
         raise NoJournalsError(f"{directory} holds no run named {run}; --run takes one of: {names}")
-    newest = max(wanted, key=lambda key: _started(wanted[key]))
-    others = sorted(
-        name if name != newest[1] else f"{name}/{instance}" for _, name, instance in groups.keys() - {newest}
-    )
+    by_start = sorted(groups, key=lambda key: _started(groups[key]), reverse=True)
+    newest = next(key for key in by_start if key in wanted)
+    others = [
+        name if name != newest[1] else f"{name}/{instance}"
+        for user, name, instance in by_start
+        if (user, name, instance) != newest
+    ]
     ordered = sorted(groups[newest], key=lambda place: (place.attempt, place.rank))
     return Chosen(tuple(ordered), tuple(dict.fromkeys(others)))
 

@@ -15,6 +15,14 @@ _MOST_LAYERS = 48
 
 
 @dataclass(frozen=True, slots=True)
+class Worst:
+    """The detail with most NaN and infinite elements; the first one of several."""
+
+    nonfinite_elements: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterStory:
     """One parameter over the details that were kept. Gradients before clipping, unscaled; None: not measured."""
 
@@ -28,7 +36,8 @@ class ParameterStory:
     norm_ratio: float | None
     """Its share of the sum of squares over all parameters, in the newest finite detail; from 0 to 1."""
     nonfinite_elements: int
-    """Most NaN and infinite elements in one detail."""
+    """NaN and infinite elements in the newest detail."""
+    worst: Worst
     zero_ratio: float | None
     """Share of its elements whose gradient is exactly 0, newest measured."""
     update_ratio: float | None
@@ -46,6 +55,7 @@ class LayerStory:
     zero_ratio: float | None
     update_ratio: float | None
     nonfinite_elements: int
+    worst: Worst
 
 
 def parameter_stories(
@@ -64,8 +74,9 @@ def parameter_stories(
     count = max(len(table) for table in tables)
     sizes = [*elements, *[0] * count]
     totals = [sum(row[0] for row in table if math.isfinite(row[0])) for table in tables]
+    told = [(detail.step, table, total) for detail, table, total in zip(details, tables, totals, strict=True)]
     return tuple(
-        _parameter(name, sizes[i], [(t[i], total) for t, total in zip(tables, totals, strict=True) if i < len(t)])
+        _parameter(name, sizes[i], [_Seen(step, t[i], total) for step, t, total in told if i < len(t)])
         for i, name in enumerate(row_names(names, count))
     )
 
@@ -82,13 +93,15 @@ def layer_stories(
     stories = []
     for i, (name, _) in enumerate(groups):
         seen = [step[i] for step in steps]
+        broken = [int(_sum(one.nan_count or 0, one.inf_count or 0)) for one in seen]
         stories.append(
             LayerStory(
                 name,
                 _newest([one.norm for one in seen]),
                 _newest([one.zero_ratio for one in seen]),
                 _newest([one.update_ratio for one in seen]),
-                max((one.nan_count or 0) + (one.inf_count or 0) for one in seen),
+                broken[-1],
+                _worst([detail.step for detail in details], broken),
             )
         )
     return tuple(stories)
@@ -112,21 +125,38 @@ def _table(detail: Detail) -> list[tuple[float, ...]]:
     return [tuple(flat[i : i + _WIDTH]) for i in range(0, len(flat), _WIDTH)]
 
 
-def _parameter(name: str, elements: int, seen: list[tuple[tuple[float, ...], float]]) -> ParameterStory:
-    norms = [math.sqrt(row[0]) for row, _ in seen if math.isfinite(row[0])]
-    shares = [row[0] / total for row, total in seen if math.isfinite(row[0]) and total > 0]
-    zeros = [row[3] / elements for row, _ in seen if elements and not math.isnan(row[3])]
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One parameter in one detail."""
+
+    step: int
+    row: tuple[float, ...]
+    total: float
+    """Sum of squares over all parameters that were finite."""
+
+
+def _parameter(name: str, elements: int, seen: list[_Seen]) -> ParameterStory:
+    finite = [one for one in seen if math.isfinite(one.row[0])]
+    norms = [math.sqrt(one.row[0]) for one in finite]
+    zeros = [one.row[3] / elements for one in seen if elements and not math.isnan(one.row[3])]
+    broken = [int(_sum(one.row[1], one.row[2])) for one in seen]
     return ParameterStory(
         name=name,
         elements=elements,
         norm=_newest(norms),
         largest_norm=max(norms, default=None),
-        norm_ratio=_newest(shares),
-        nonfinite_elements=max((int(_sum(row[1], row[2])) for row, _ in seen), default=0),
+        norm_ratio=_newest([one.row[0] / one.total for one in finite if one.total > 0]),
+        nonfinite_elements=broken[-1] if broken else 0,
+        worst=_worst([one.step for one in seen], broken),
         zero_ratio=_newest(zeros),
-        update_ratio=_newest([row[7] for row, _ in seen]),
-        has_gradient=any(not math.isnan(row[1]) for row, _ in seen),
+        update_ratio=_newest([one.row[7] for one in seen]),
+        has_gradient=any(not math.isnan(one.row[1]) for one in seen),
     )
+
+
+def _worst(steps: Sequence[int], broken: Sequence[int]) -> Worst:
+    most = max(broken, default=0)
+    return Worst(most, steps[broken.index(most)]) if most else Worst()
 
 
 def _sum(*counts: float) -> float:

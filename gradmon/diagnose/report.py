@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from gradmon.config import load
 from gradmon.diagnose import sections
 from gradmon.diagnose.advice import Advice, advise
 from gradmon.diagnose.charts import charts_of, marks_of
 from gradmon.diagnose.markup import el, join, page
 from gradmon.diagnose.story import Story, read_story
-from gradmon.diagnose.telling import clock, done, episode_text, verdict, what_was_done, why_nothing_done
+from gradmon.diagnose.telling import (
+    clock,
+    done,
+    episode_text,
+    factory_hint,
+    replay_command,
+    stopped_by_gradmon,
+    verdict,
+    what_was_done,
+    why_nothing_done,
+)
+from gradmon.identity import agent_directory
 
 _TEXT_EPISODES = 12
 _TEXT_ADVICE = 6
@@ -22,9 +35,18 @@ _WIDTH = 100
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gradmon report` takes."""
-    parser.add_argument("directory", metavar="DIR", help="directory of the journals, a run in it, or an archive")
     parser.add_argument(
-        "--run", metavar="NAME", help="which run, or RUN/INSTANCE, where there are several (default: the last)"
+        "directory",
+        metavar="DIR",
+        nargs="?",
+        help="directory of the journals, a run in it, or an archive (default: where attach() puts them: GRADMON_DIR or "
+        "the setting dir, else the first that can be written of /var/lib/gradmon, SLURM_TMPDIR/gradmon, "
+        "XDG_STATE_HOME/gradmon (~/.local/state/gradmon) and /tmp/gradmon-UID)",
+    )
+    parser.add_argument(
+        "--run",
+        metavar="NAME",
+        help="which run, or RUN/INSTANCE, where there are several (default: the one that started last)",
     )
     parser.add_argument("--out", metavar="FILE", help="the HTML file (default: gradmon-report-RUN.html here)")
     parser.add_argument("--text", action="store_true", help="only the short text, no file")
@@ -37,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         NoJournalsError: there is nothing to report on.
         ValueError: the file can't be written; names the cure.
     """
-    story = read_story(Path(args.directory).expanduser(), args.run)
+    given = args.directory
+    directory = agent_directory(load().config.dir, os.environ) if given is None else Path(given).expanduser()
+    story = read_story(directory, args.run)
     advice = advise(story)
     print(report_text(story, advice), end="")
     if not args.text:
@@ -66,6 +90,7 @@ def report_html(story: Story, advice: Sequence[Advice]) -> str:
     main = join(
         sections.head(story, said, advice),
         sections.first_things(story),
+        sections.advice_cards(advice) if advice else None,
         sections.timeline(story),
         el("section", id="charts", class_="charts", aria_label="Charts"),
         sections.ranks(story),
@@ -73,7 +98,7 @@ def report_html(story: Story, advice: Sequence[Advice]) -> str:
         sections.parameters(story),
         sections.findings(story),
         last_pair,
-        sections.advice_cards(advice),
+        sections.advice_cards(advice) if not advice else None,
         el("footer", f"From the journals in {story.directory}. Last sign of life {clock(_last_seen(story))} UTC."),
     )
     return page(f"{story.identity.run} · gradmon report", main, {"charts": charts_of(story), "marks": marks_of(story)})
@@ -98,12 +123,14 @@ def report_text(story: Story, advice: Sequence[Advice]) -> str:
         lines += _wrapped(episode_text(one) + how, f"  step {one.first_step:,}: ")
     if len(episodes) > _TEXT_EPISODES:
         lines.append(f"  and {len(episodes) - _TEXT_EPISODES} more (the HTML report has them)")
-    for rank in [r for r in story.ranks if r.state not in ("finished", "running")][:4]:
+    unwell = [r for r in story.ranks if r.state not in ("finished", "running") and not stopped_by_gradmon(r.end_detail)]
+    for rank in unwell[:4]:
         lines += _wrapped(f"{rank.state} {rank.end_detail[:300]}", f"  rank {rank.rank}: ")
     did = what_was_done(story)
     lines += ["", "What gradmon did", *_wrapped(did or why_nothing_done(story), "  ")]
     if story.best_bundle is not None:
-        lines += ["", "See it again", f"  {sections.replay_command(story.best_bundle)}"]
+        lines += ["", "See it again", f"  {replay_command(story, story.best_bundle)}"]
+        lines += _wrapped(hint, "  ") if (hint := factory_hint(story)) else []
     if advice:
         lines += ["", "Advice"]
     for rule in advice[:_TEXT_ADVICE]:

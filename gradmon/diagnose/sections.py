@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from statistics import median
 
 from gradmon.diagnose.advice import Advice
-from gradmon.diagnose.gather import Bundle
 from gradmon.diagnose.markup import Markup, code_words, el, join
-from gradmon.diagnose.parameters import ParameterStory
+from gradmon.diagnose.parameters import LayerStory, ParameterStory
 from gradmon.diagnose.story import Episode, Incident, RankStory, Story
 from gradmon.diagnose.telling import (
     Verdict,
@@ -18,12 +16,15 @@ from gradmon.diagnose.telling import (
     count_of,
     done,
     episode_text,
+    factory_hint,
     how_it_ended,
     number,
     percent,
     rank_list,
+    replay_command,
     seconds,
     size,
+    stopped_by_gradmon,
     whole,
     why_nothing_done,
 )
@@ -56,7 +57,12 @@ def head(story: Story, said: Verdict, advice: Sequence[Advice]) -> Markup:
         el(
             "div",
             el("h1", identity.run, id="name"),
-            el("span", _state_word(story.state), class_=f"badge {_LOOKS[story.state]}", id="state"),
+            el(
+                "span",
+                _state_word(story.state, story.attempts[-1].end_detail),
+                class_=f"badge {_LOOKS[story.state]}",
+                id="state",
+            ),
             el(
                 "span",
                 "observe: changes nothing" if identity.mode == "observe" else f"{identity.mode} mode",
@@ -73,8 +79,8 @@ def head(story: Story, said: Verdict, advice: Sequence[Advice]) -> Markup:
     )
 
 
-def _state_word(state: str) -> str:
-    return "failed" if state == "exception" else state
+def _state_word(state: str, end_detail: str) -> str:
+    return state if state != "exception" else "stopped" if stopped_by_gradmon(end_detail) else "failed"
 
 
 def notes_of(story: Story) -> list[str]:
@@ -162,21 +168,20 @@ def _step(first: int, last: int) -> Markup:
 def first_things(story: Story) -> Markup | None:
     """What happened first, and where; and how to see it again."""
     first, broken = story.first_incident, story.first_nonfinite
-    if first is None:
-        return None
     cards = []
     if broken is not None:
         cards.append(card("The first NaN or Inf", el("div", _facts_of(story, broken), class_="body"), id_="first"))
-    if first is not broken:
+    if first is not None and first is not broken:
         cards.insert(0, card("The first spike", el("div", _facts_of(story, first), class_="body"), id_="first-spike"))
     bundles = _bundles(story)
     if bundles is not None:
         cards.append(bundles)
-    return el("div", *cards, class_="two" if len(cards) > 1 else None)
+    return el("div", *cards, class_="two" if len(cards) > 1 else None) if cards else None
 
 
 def _facts_of(story: Story, one: Incident) -> Markup:
-    rank = "none stands out" if one.rank is None else f"{one.rank}"
+    nobody = "all of them" if one.everywhere and story.identity.world_size > 1 else "none stands out"
+    rank = nobody if one.rank is None else f"{one.rank}"
     host = next((r.identity.host for r in story.ranks if r.rank == one.rank), "")
     facts: list[tuple[str, Markup]] = [
         ("Step", join(_step(one.step, one.step), f", {clock(one.wall_seconds)} UTC")),
@@ -201,11 +206,6 @@ def _facts_of(story: Story, one: Incident) -> Markup:
     return el("dl", *(join(el("dt", name), el("dd", value)) for name, value in facts), class_="first")
 
 
-def replay_command(bundle: Bundle) -> str:
-    """What to run to see an incident again."""
-    return f"gradmon replay {shlex.quote(str(bundle.path))} --model module:factory"
-
-
 def _bundles(story: Story) -> Markup | None:
     best = story.best_bundle
     if best is None:
@@ -214,12 +214,13 @@ def _bundles(story: Story) -> Markup | None:
         _row((f"{one.step:,}", "num"), (str(one.rank), "num"), (one.path.name, "mono"))
         for one in story.bundles[:_BUNDLE_ROWS]
     ]
-    command = el("code", replay_command(best), class_="command")
+    command = el("code", replay_command(story, best), class_="command")
+    hint = factory_hint(story)
     words = el("p", f"Runs the batch of step {best.step:,} again and names the operation that broke:", class_="dim")
     more = f", {_BUNDLE_ROWS} of {len(story.bundles)}" if len(story.bundles) > _BUNDLE_ROWS else ""
     return card(
         "See it again",
-        el("div", words, command, class_="body"),
+        el("div", words, command, el("p", hint, class_="dim hint") if hint else None, class_="body"),
         table((("Step", True), ("Rank", True), ("Bundle", False)), listed),
         note=f"{count_of(len(story.bundles), 'bundle')}{more}",
         id_="bundles",
@@ -233,7 +234,8 @@ def timeline(story: Story) -> Markup:
         if attempt.number != story.attempts[0].number and attempt.first_step is not None:
             text = f"Attempt {attempt.number + 1} begins, {clock(attempt.started_seconds)} UTC"
             rows.append((attempt.number, attempt.first_step, -1, _plain_row(attempt.first_step, text, "restart")))
-        if attempt.state != "finished" and attempt.last_step is not None:
+        told_by_event = stopped_by_gradmon(attempt.end_detail)
+        if attempt.state != "finished" and attempt.last_step is not None and not told_by_event:
             newest = attempt is story.attempts[-1]
             told = f"{how_it_ended(story)}." if newest and len(story.ranks) > 1 else f"{attempt.state}."
             text = f"Attempt {attempt.number + 1}: {told} {attempt.end_detail}"
@@ -296,15 +298,16 @@ def _rank_row(rank: RankStory, busiest: float) -> Markup:
         percent(rank.data_wait_ratio),
         size(rank.memory_bytes),
     ]
-    detail = el("div", rank.end_detail[:400], class_="sub") if rank.end_detail else None
+    stopped = stopped_by_gradmon(rank.end_detail)
+    detail = el("div", rank.end_detail[:400], class_="sub") if rank.end_detail and not stopped else None
     return el(
         "tr",
         el("td", str(rank.rank), class_="num"),
-        el("td", el("span", _state_word(rank.state), class_=f"badge {_LOOKS[rank.state]}"), detail),
+        el("td", el("span", _state_word(rank.state, rank.end_detail), class_=f"badge {_LOOKS[rank.state]}"), detail),
         el("td", rank.identity.host),
         el("td", rank.identity.device),
         *(el("td", el("b", text) if slowest and i == 4 else text, class_="num") for i, text in enumerate(numbers)),
-        class_="hot" if rank.state in ("exception", "crashed", "stuck") else None,
+        class_="hot" if rank.state in ("exception", "crashed", "stuck") and not stopped else None,
     )
 
 
@@ -330,7 +333,7 @@ def layers(story: Story) -> Markup | None:
                 el("td", number(one.norm), class_="num"),
                 el("td", percent(one.zero_ratio), class_="num"),
                 el("td", number(one.update_ratio), class_="num"),
-                el("td", f"{one.nonfinite_elements:,}", class_="num"),
+                el("td", *_not_finite(one), class_="num"),
             )
         )
     columns = (
@@ -342,6 +345,14 @@ def layers(story: Story) -> Markup | None:
         ("Not finite", True),
     )
     return card("Layers, from input to output", table(columns, rows, "roomy"), note="newest measurements", id_="layers")
+
+
+def _not_finite(one: LayerStory | ParameterStory) -> tuple[str, Markup | None]:
+    """Elements in the newest measurement; and in the worst one, where that was another."""
+    now, worst = one.nonfinite_elements, one.worst
+    more = worst.nonfinite_elements > now
+    said = el("div", f"at worst {worst.nonfinite_elements:,} (step {worst.step:,})", class_="sub") if more else None
+    return f"{now:,}", said
 
 
 def parameters(story: Story) -> Markup | None:
@@ -359,21 +370,22 @@ def parameters(story: Story) -> Markup | None:
             el("td", percent(one.norm_ratio), class_="num"),
             el("td", percent(one.zero_ratio), class_="num"),
             el("td", number(one.update_ratio), class_="num"),
-            el("td", f"{one.nonfinite_elements:,}" if one.has_gradient else "no gradient", class_="num"),
+            el("td", *_not_finite(one) if one.has_gradient else ("no gradient",), class_="num"),
             class_="hot" if one.nonfinite_elements else None,
         )
         for one in worst
     ]
     numbers = ("Elements", "Norm", "Largest", "Share", "Zeros", "Update / weight", "Not finite")
     columns = (("Parameter", False), *((title, True) for title in numbers))
-    note = f"{len(worst)} of {len(story.parameters):,}, worst first; over the newest measurements"
+    note = f"{len(worst)} of {len(story.parameters):,}, worst first; newest measurements"
     return card("Parameters that stand out", table(columns, rows, "roomy"), note=note, id_="parameters")
 
 
-def _badness(one: ParameterStory) -> tuple[float, bool, float]:
+def _badness(one: ParameterStory) -> tuple[float, bool, bool, float]:
     return (
         one.nonfinite_elements,
         not one.has_gradient,
+        one.worst.nonfinite_elements > 0,
         (one.norm_ratio or 0.0) + max(0.0, (one.zero_ratio or 0.0) - 0.5),
     )
 

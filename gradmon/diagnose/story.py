@@ -40,6 +40,8 @@ from gradmon.record import Event, RankIdentity, StepReason, StepRecord, StreakRe
 
 #: Kinds of events about the gradients and what was done about them; all others are findings of the watches.
 GRADIENT_KINDS = frozenset((*get_args(StepReason), *get_args(StreakReason)))
+#: How the exception begins with which gradmon itself ends a run.
+STOPPED = "gradmon stopped training"
 #: Incidents this many steps apart belong together, unless that leaves too many episodes.
 _EPISODE_GAP = 32
 _MOST_EPISODES = 16
@@ -67,6 +69,8 @@ class Incident:
     limit: float | None
     action: str
     applied: bool
+    everywhere: bool
+    """True if the gradients of all ranks were not finite before they were averaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +216,15 @@ class Story:
         of_first = (one for one in self.bundles if first is not None and one.step == first.step)
         return next(of_first, self.bundles[0] if self.bundles else None)
 
+    @property
+    def stop(self) -> Episode | None:
+        """What gradmon ended the newest attempt for; None if it ended otherwise."""
+        ended = [rank.end_detail for rank in self.ranks if rank.state == "exception"]
+        if not any(text.startswith(STOPPED) for text in ended):
+            return None
+        newest = (one for one in reversed(self.episodes) if one.attempt == self.attempts[-1].number)
+        return next((one for one in newest if any(did and act == "stop" for (act, did), _ in one.done)), None)
+
     def changed_settings(self) -> dict[str, tuple[Any, Any]]:
         """Name -> (value, default) of the settings that differ from the defaults."""
         defaults = flat_settings(Config().to_dict())
@@ -312,6 +325,8 @@ class _Gathering:
             limit=record.grad_norm_limit,
             action=record.action,
             applied=record.applied,
+            # that no rank stands out, though this one broke, means that all did
+            everywhere=record.culprit_rank is None and (here or record.healthy_ranks == 0),
         )
 
     def _tell(self, attempt: int, event: Event) -> None:

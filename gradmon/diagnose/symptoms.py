@@ -14,12 +14,27 @@ from itertools import pairwise
 from statistics import median
 
 from gradmon.diagnose.story import Incident, RankStory, Story
-from gradmon.diagnose.telling import count_of, lost_peer, number, percent, place, rank_list, seconds, shortened, size
+from gradmon.diagnose.telling import (
+    count_of,
+    lost_peer,
+    number,
+    percent,
+    place,
+    rank_list,
+    seconds,
+    shortened,
+    size,
+    stopped_by_gradmon,
+)
 
 #: Share of the incidents that one rank, or one parameter, must have to be the one.
 _MOSTLY = 0.8
 _LEAST_INCIDENTS = 3
 _EARLY_STEPS = 200
+#: In a run that is not much longer nearly all steps are early ones.
+_LONG_ENOUGH = 2 * _EARLY_STEPS
+#: A shorter wait is not worth a DataLoader of its own processes.
+_LEAST_WAIT_SECONDS = 0.005
 #: GradScaler's search for its scale skips a few steps at the start, and one in 2,000 later on.
 _SCALER_SEARCH = 50
 _SCALER_SKIPS = 10
@@ -52,23 +67,32 @@ def one_bad_rank(story: Story) -> str:
 
 
 def one_bad_batch(story: Story) -> str:
-    """A few single steps were not finite, and the steps around them were."""
-    broken = [one for one in _nonfinite(story) if one.rank is not None]
-    if not broken or len(broken) != len(_nonfinite(story)) or one_bad_rank(story) or broken_for_good(story):
+    """A few single steps were not finite, and the steps around them were: on one rank, or on all of them."""
+    broken = _nonfinite(story)
+    if not broken or one_bad_rank(story) or broken_for_good(story):
         return ""
-    steps = ", ".join(f"{one.step:,}{place(one)}" for one in broken[:3])
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    return f"{count_of(len(broken), 'step')} not finite (step {steps}{more}), healthy steps after them"
+    places = {place(story, one) for one in broken}
+    each = len(places) > 1
+    steps = ", ".join(f"{one.step:,}{place(story, one) if each else ''}" for one in broken[:3])
+    more = f" and {len(broken) - 3:,} more" if len(broken) > 3 else ""
+    where = "" if each else next(iter(places))
+    after = ", healthy steps after them" if broken[-1].step < story.history.steps[-1] else ""
+    alike = sum(one.everywhere for one in broken)
+    code = ""
+    if alike and story.identity.world_size > 1:
+        which = "" if alike == len(broken) else f"in {alike:,} of them "
+        code = f"; {which}all ranks broke at once: more likely the code than the data"
+    return f"{count_of(len(broken), 'step')} not finite (step {steps}{more}{where}){after}{code}"
 
 
 def broken_for_good(story: Story) -> str:
-    """Ten or more non-finite steps in a row; or moments that are not finite, told by the weight watch."""
+    """Ten non-finite steps in a row, or as many as gradmon stops for; or moments that are not finite."""
     longest, last = _longest_streak([(one.attempt, one.step) for one in _nonfinite(story)])
-    if longest < 10:
+    if longest < 10 and not (longest and story.stop is not None and story.stop.kind == "skip_streak"):
         return _told(story, "moments_nonfinite")
-    alike = sum(one.rank is None for one in _nonfinite(story))
+    alike = sum(one.everywhere for one in _nonfinite(story)) if story.identity.world_size > 1 else 0
     all_ranks = f"; in {alike:,} of them all ranks broke alike, as when the weights themselves are NaN" if alike else ""
-    return f"{longest:,} steps in a row were not finite, up to step {last:,}{all_ranks}"
+    return f"{count_of(longest, 'step')} in a row not finite, up to step {last:,}{all_ranks}"
 
 
 def scaler_overflow(story: Story) -> str:
@@ -85,15 +109,17 @@ def scaler_overflow(story: Story) -> str:
 
 
 def explodes_early(story: Story) -> str:
-    """Three incidents or more, and most of them within the first 200 steps."""
-    early = [
-        one for one in story.incidents if (one.step <= _EARLY_STEPS and one.rank is None) or one.step <= _EARLY_STEPS
-    ]
-    if len(early) < _LEAST_INCIDENTS or len(early) < 0.5 * len(story.incidents) or one_bad_rank(story):
+    """Three spikes or more, half of all within the first 200 steps of a longer run; NaN has causes of its own."""
+    found = [one for one in story.incidents if one.reason == "spike"]
+    early = [one for one in found if one.step <= _EARLY_STEPS]
+    if len(early) < _LEAST_INCIDENTS or len(early) < 0.5 * len(found) or story.history.steps[-1] < _LONG_ENOUGH:
+        return ""
+    if one_bad_rank(story) or one_bad_batch(story) or broken_for_good(story):
         return ""
     worst = max((one.norm for one in early if math.isfinite(one.norm)), default=math.nan)
     norm = f", largest norm {number(worst)}" if math.isfinite(worst) else ""
-    return f"{len(early):,} of {count_of(len(story.incidents), 'incident')} within the first {_EARLY_STEPS} steps{norm}"
+    of_all = f"{len(early):,} of {count_of(len(found), 'spike')}"
+    return f"{of_all} within the first {_EARLY_STEPS} of {story.history.steps[-1]:,} steps{norm}"
 
 
 def spikes(story: Story) -> str:
@@ -293,12 +319,15 @@ def straggler(story: Story) -> str:
 
 
 def data_wait(story: Story) -> str:
-    """A rank waits for its DataLoader for a tenth of its time or more."""
+    """A rank waits for its DataLoader for a tenth of its time or more, and for more than a moment."""
     waits = [(rank.data_wait_ratio, rank) for rank in story.ranks if rank.data_wait_ratio is not None]
     if not waits or len(story.history) < 20:
         return ""
     worst, rank = max(waits, key=lambda pair: pair[0])
-    return f"rank {rank.rank} waits for its DataLoader for {percent(worst)} of a step" if worst >= 0.1 else ""
+    lost = worst * (rank.step_seconds or 0.0)
+    if worst < 0.1 or lost < _LEAST_WAIT_SECONDS:
+        return ""
+    return f"rank {rank.rank} waits for its DataLoader for {percent(worst)} of a step, {seconds(lost)}"
 
 
 def memory_grows(story: Story) -> str:
@@ -415,7 +444,8 @@ def _told(story: Story, *kinds: str) -> str:
 
 def _ended_with(story: Story, *words: str) -> str:
     ended: list[RankStory] = sorted(
-        (rank for rank in story.ranks if rank.state == "exception"), key=lambda rank: rank.beat_seconds
+        (rank for rank in story.ranks if rank.state == "exception" and not stopped_by_gradmon(rank.end_detail)),
+        key=lambda rank: rank.beat_seconds,
     )
     for rank in ended:
         if any(word in rank.end_detail for word in words):

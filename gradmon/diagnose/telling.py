@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
-from gradmon.diagnose.story import Episode, Incident, RankStory, Story
+from gradmon.diagnose.gather import Bundle
+from gradmon.diagnose.story import STOPPED, Episode, Incident, RankStory, Story
 
 #: How good or bad what is told is.
 Look = Literal["ok", "warn", "bad", "calm"]
@@ -24,7 +28,6 @@ _DONE = {
 _TIMES = {
     "backoff": "lowered the learning rate {n}",
     "rollback": "rolled back {n}",
-    "stop": "stopped all ranks",
 }
 _EVENT_DONE = {
     "none": ("noted", "noted"),
@@ -54,6 +57,12 @@ _LOST_PEER = (
     "remote process exited",
     "Socket closed",
 )
+#: Stands for what only the user knows, in a command that is otherwise ready to be run.
+FACTORY = "FACTORY"
+NO_MODULE = f"MODULE:{FACTORY}"
+_DEMO = "gradmon.demo.train"
+#: What starts a script or a notebook, and is not its module.
+_STARTERS = ("__main__", "ipykernel_launcher", "python", "python3", "pytest")
 _ENDS = {
     "finished": "finished",
     "exception": "ended with an exception",
@@ -140,12 +149,47 @@ def rank_list(ranks: Sequence[int]) -> str:
     return f"ranks {listed(shown if len(ranks) <= 5 else [*shown, f'{len(ranks) - 5} more'])}"
 
 
+def factory_of(script: str) -> tuple[str, str]:
+    """From the script of a run to what makes its model.
+
+    Returns:
+        (directory in which its module can be imported, "" for any; `train:FACTORY` for `--model`, `MODULE:FACTORY`
+        where the module can't be told).
+    """
+    if script == _DEMO:
+        return "", f"{_DEMO}:Model"
+    path = PurePath(script)
+    if path.suffix == ".py" and re.fullmatch(r"\w[\w-]*", path.stem) and path.stem not in _STARTERS:
+        return "" if path.parent == PurePath() else str(path.parent), f"{path.stem}:{FACTORY}"
+    if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", script) and script not in _STARTERS:  # as after `python -m`
+        return "", f"{script}:{FACTORY}"
+    return "", NO_MODULE
+
+
+def replay_command(story: Story, bundle: Bundle) -> str:
+    """What to run to see an incident again, ready but for FACTORY."""
+    directory, factory = factory_of(story.identity.script)
+    there = f"cd {shlex.quote(directory)} && " if directory else ""
+    return f"{there}gradmon replay {shlex.quote(str(bundle.path))} --model {factory}"
+
+
+def factory_hint(story: Story) -> str:
+    """What to put in the place of FACTORY; empty where nothing is left to be put in."""
+    factory = factory_of(story.identity.script)[1]
+    what = "the function or class in {} that makes the model, called without arguments"
+    if factory == NO_MODULE:
+        return f"{NO_MODULE}: a module that can be imported, and {what.format('it')}"
+    if not factory.endswith(f":{FACTORY}"):
+        return ""
+    return f"{FACTORY}: {what.format(PurePath(story.identity.script).name)}"
+
+
 def verdict(story: Story) -> Verdict:
     """What happened, in one or two sentences."""
-    sentences = [f"{_ran(story)}; {_broke(story)}" if story.incidents else f"{_ran(story)}; {_calm(story)}"]
-    did = what_was_done(story)
-    if did:
-        sentences[0] += f"; {did}"
+    parts = [_ran(story)]
+    if not _all_said_by_stop(story):
+        parts.append(_broke(story) if story.incidents else _calm(story))
+    sentences = ["; ".join([*parts, *filter(None, [what_was_done(story, end=False)])])]
     nonfinite = story.nonfinite_losses
     if nonfinite and not story.incidents:
         sentences.append(f"The loss was not finite in {count_of(nonfinite, 'step')}")
@@ -169,12 +213,51 @@ def _ran(story: Story) -> str:
     ran += f" on {count_of(story.identity.world_size, 'rank')}"
     if len(story.attempts) > 1:
         ran += f" in {count_of(len(story.attempts), 'attempt')}"
-    return f"{ran} and {how_it_ended(story)}"
+    return f"{ran}{' and' if story.stop is None else ';'} {how_it_ended(story)}"
+
+
+def stopped_by_gradmon(end_detail: str) -> bool:
+    """True for what a rank raises because gradmon ends the run: the reason is an event's."""
+    return end_detail.startswith(STOPPED)
+
+
+def _streak(story: Story) -> list[Incident]:
+    """The non-finite steps in a row for which gradmon ended the run, oldest first."""
+    stop = story.stop
+    found: list[Incident] = []
+    if stop is None or stop.kind != "skip_streak":
+        return found
+    for one in reversed([one for one in story.incidents if one.attempt == stop.attempt and one.step <= stop.last_step]):
+        if one.reason == "spike" or one.step != stop.last_step - len(found):
+            break
+        found.append(one)
+    return found[::-1]
+
+
+def _all_said_by_stop(story: Story) -> bool:
+    """True if there were no incidents beside those that `how_it_ended` tells of."""
+    streak = _streak(story)
+    return bool(streak) and len(streak) == len(story.incidents)
+
+
+def _how_gradmon_stopped(story: Story, stop: Episode) -> str:
+    whom = "all ranks" if story.identity.world_size > 1 else "it"
+    stopped = f"gradmon stopped {whom} at step {stop.last_step:,}"
+    streak = _streak(story)
+    if not streak:
+        return f"{stopped}: {shortened(re.sub(': stopping( all ranks)?$', '', stop.message))}"
+    first = streak[0]
+    rank = "" if first.rank is None or story.identity.world_size == 1 else f"rank {first.rank}"
+    where = ", ".join(filter(None, [rank, first.parameter]))
+    count = count_of(len(streak), "non-finite step")
+    return f"{stopped}, after {count} from step {first.step:,} on{f' ({where})' if where else ''}"
 
 
 def how_it_ended(story: Story) -> str:
     """`finished`, or who ended how."""
     state = story.state
+    if story.stop is not None:
+        return _how_gradmon_stopped(story, story.stop)
     if state in ("finished", "running"):
         return _ENDS[state]
     who = sorted((rank for rank in story.ranks if rank.state == state), key=lambda rank: (rank.beat_seconds, rank.rank))
@@ -225,16 +308,25 @@ def _calm(story: Story) -> str:
 def _broke(story: Story) -> str:
     first = story.first_nonfinite
     if first is not None:
-        return f"gradients broke first at step {first.step:,}{place(first)}{_how(first)}{_more(story, first)}"
+        where = f"{place(story, first)}{_how(first)}{_more(story, first)}"
+        before = story.incidents.index(first)
+        if before:
+            spiked = f"spiked from step {story.incidents[0].step:,} ({count_of(before, 'spike')})"
+            return f"gradients {spiked}, not finite from step {first.step:,}{where}"
+        return f"gradients broke first at step {first.step:,}{where}"
     spike = story.incidents[0]
-    where = f"step {spike.step:,}{place(spike)}: norm {number(spike.norm)}, limit {number(spike.limit)}"
+    where = f"step {spike.step:,}{place(story, spike)}: norm {number(spike.norm)}, limit {number(spike.limit)}"
     return f"no gradient was NaN or Inf; the first spike came at {where}{_more(story, spike)}"
 
 
-def place(incident: Incident) -> str:
-    """` on rank 1, blocks.2.mlp.weight`."""
-    where = "" if incident.rank is None else f" on rank {incident.rank}"
-    return where + ("" if incident.parameter is None else f", {incident.parameter}")
+def place(story: Story, incident: Incident) -> str:
+    """` on rank 1, blocks.2.mlp.weight`; ` in blocks.2.mlp.weight` where there is one rank, or none to blame."""
+    where = ""
+    if story.identity.world_size > 1:
+        where = " on all ranks" if incident.everywhere else "" if incident.rank is None else f" on rank {incident.rank}"
+    if incident.parameter is None:
+        return where
+    return f"{where}, {incident.parameter}" if where else f" in {incident.parameter}"
 
 
 def _how(incident: Incident) -> str:
@@ -246,20 +338,19 @@ def _how(incident: Incident) -> str:
 
 
 def _more(story: Story, first: Incident) -> str:
-    """What came before and after the first."""
-    place = story.incidents.index(first)
-    later = len(story.incidents) - place - 1
-    parts = []
-    if place:
-        parts.append(f"after {count_of(place, 'spike')} from step {story.incidents[0].step:,} on")
-    if later:
-        parts.append(f"before {count_of(later, 'more incident')}")
-    return f", {' and '.join(parts)}" if parts else ""
+    """What came after it."""
+    later = len(story.incidents) - story.incidents.index(first) - 1
+    return f", before {count_of(later, 'more incident')}" if later else ""
 
 
-def what_was_done(story: Story) -> str:
-    """`gradmon skipped 4 steps and rescaled 2`, or what it would have done; empty if there was nothing to do."""
-    did, would = _said(story, applied=True), _said(story, applied=False)
+def what_was_done(story: Story, *, end: bool = True) -> str:
+    """`gradmon skipped 4 steps and rescaled 2`, or what it would have done; empty if there was nothing to do.
+
+    Args:
+        story: of the run.
+        end: whether to say that gradmon ended the run; False where `how_it_ended` says so.
+    """
+    did, would = (_said(story, applied=applied, end=end or story.stop is None) for applied in (True, False))
     if did:
         return f"gradmon {listed(did)}" + (f" (and would have {listed(would)} where it only watched)" if would else "")
     if would:
@@ -267,7 +358,7 @@ def what_was_done(story: Story) -> str:
     return ""
 
 
-def _said(story: Story, *, applied: bool) -> list[str]:
+def _said(story: Story, *, applied: bool, end: bool) -> list[str]:
     parts: list[str] = []
     for action, words in _DONE.items():
         n = story.done(action, applied=applied)
@@ -277,6 +368,8 @@ def _said(story: Story, *, applied: bool) -> list[str]:
         n = story.done(action, applied=applied)
         if n:
             parts.append(words.format(n={1: "once", 2: "twice"}.get(n, f"{n:,} times")))
+    if end and story.done("stop", applied=applied):
+        parts.append("stopped all ranks" if story.identity.world_size > 1 else "stopped the run")
     return parts
 
 
