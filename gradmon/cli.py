@@ -65,9 +65,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     for name, (module, what) in _EXPLAIN.items():
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         if name == chosen:
-            warnings.filterwarnings(
-                "ignore", "Failed to initialize NumPy"
-            )  # by torch
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by torch
             found = importlib.import_module(module)
             found.add_arguments(command)
             command.set_defaults(command=found.run)

@@ -166,7 +166,9 @@ class IncidentConfig:
     batches: int = _setting(8, "micro-batches of a step to which references are kept, not copies", low=1)
     weights: bool = _setting(False, "true: the weights go into the bundle too, so that replay needs no checkpoint")
     redact: str | None = _setting(
-        None, "module:function that is given the batch and returns what may be saved of it; null: all of it"
+        None,
+        "module:function(args, kwargs, loaded) that returns what may be saved of the three, loaded being what the "
+        "DataLoader gave (left out if the function takes two arguments and returns two); null: all",
     )
 
 

@@ -14,15 +14,15 @@ Legend: B samples of a batch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
-import operator
 import os
 import statistics
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,6 @@ from gradmon.config import DataConfig
 from gradmon.inputs import (
     TELLING_ELEMENTS,
     Input,
-    Mark,
     counted,
     fingerprints,
     inputs,
@@ -46,6 +45,7 @@ from gradmon.inputs import (
     spread,
 )
 from gradmon.landing import HostCopy
+from gradmon.loaded import Gave, Loaded, index_numbers
 from gradmon.loss_watch import Stretches
 from gradmon.record import Finding
 
@@ -63,6 +63,8 @@ _SOURCES = 8
 _NAMES = 64
 #: Batches that a forward call may have been given: a loader may be some ahead of the training.
 _AHEAD = 4
+#: Of so many of them the batch itself is held, as for the looks: a prefetcher is one ahead.
+_HELD = 2
 _PENDING = 16
 #: Looks without a thing after which it is told anew.
 _QUIET = 8
@@ -113,20 +115,14 @@ class _Batch:
         return index_numbers(self.asked)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Loaded:
-    """The newest batches, the newest first: what it takes to find out later which of them a forward call was given."""
+@dataclasses.dataclass(slots=True)
+class _Pace:
+    """Of one iterator."""
 
-    batches: tuple[tuple[Any, Mark | None], ...]
-    """(What the sampler asked for, mark) of each."""
-
-    def indices_of(self, tensors: Iterable[Tensor]) -> list[int] | None:
-        """Indices of the batch that these tensors are, on the host; None where they are none of these batches'."""
-        given = list(tensors)
-        for asked, mark in self.batches:
-            if mark is not None and any(map(mark.fits, given)):
-                return index_numbers(asked)
-        return None
+    given: int = 0
+    forwards: int = 0
+    kept: bool = True
+    """Each forward call so far came after one more batch: none was fetched ahead, left out or used twice."""
 
 
 class BatchWatch:
@@ -141,9 +137,12 @@ class BatchWatch:
         self._pid = os.getpid()
         self._sources: dict[int, _Source] = {}
         self._newest: deque[_Batch] = deque(maxlen=2)
-        self._loaded: deque[tuple[Any, Mark | None]] = deque(maxlen=_AHEAD)
+        self._loaded: deque[Gave] = deque(maxlen=_AHEAD)
         self._sent: weakref.WeakKeyDictionary[Any, dict[int, Any]] = weakref.WeakKeyDictionary()
         """Iterator -> number of a batch in its epoch -> what its sampler asked for."""
+        self._paces: weakref.WeakKeyDictionary[Any, _Pace] = weakref.WeakKeyDictionary()
+        self._pace: _Pace | None = None
+        """Of the iterator that gave the newest batch."""
         self._stretches = Stretches(_QUIET)
         self._found: list[Finding] = []
         self._pending: deque[tuple[_Source, str, HostCopy]] = deque(maxlen=_PENDING)
@@ -187,9 +186,13 @@ class BatchWatch:
         same = source.iterator is not None and source.iterator() is iterator
         follows = same and getattr(iterator, "_num_yielded", 2) > 1  # persistent workers keep theirs over epochs
         source.iterator = weakref.ref(iterator)
+        self._pace = self._paces.setdefault(iterator, _Pace())
+        self._pace.given += 1
+        batch = _kept(batch)
         self._take_in(source, batch, asked, follows=follows)
-        mark = None if asked is None else mark_of_batch(batch)
-        self._loaded.appendleft((asked, mark))
+        self._loaded.appendleft(Gave(asked, mark_of_batch(batch), batch))
+        if len(self._loaded) > _HELD:
+            self._loaded[_HELD] = self._loaded[_HELD]._replace(batch=None)
 
     def observe(self, batch: Any) -> None:
         """Take in a batch of a script that uses no DataLoader: tensors in any nesting, on any device."""
@@ -211,8 +214,12 @@ class BatchWatch:
         return found
 
     def loaded(self) -> Loaded:
-        """What a forward call that comes now may have been given."""
-        return Loaded(tuple(self._loaded))
+        """What the forward call that comes now may have been given; to be called once for each."""
+        pace = self._pace
+        if pace is not None:
+            pace.forwards += 1
+            pace.kept = pace.kept and pace.given == pace.forwards
+        return Loaded(tuple(self._loaded), in_step=pace is not None and pace.kept)
 
     def samples(self) -> dict[str, float]:
         """Of the newest look that measured it, finite: `input_min`, `input_max`, `duplicate_share`, `class_ratio`,
@@ -506,12 +513,12 @@ class BatchWatch:
         self._samples["nonfinite_samples"] = self._samples.get("nonfinite_samples", 0.0) + samples
 
 
-def index_numbers(asked: Any) -> list[int] | None:
-    """What a sampler asked for, as indices; None where it is something else: a sampler may ask for anything."""
-    try:
-        return [operator.index(i) for i in asked] if isinstance(asked, list | tuple) else [operator.index(asked)]
-    except TypeError:
-        return None
+def _kept(batch: Any) -> Any:
+    """The script may take parts out of its batch: `labels = batch.pop("labels")`; no tensor is copied."""
+    if isinstance(batch, list | MutableMapping):
+        with contextlib.suppress(Exception):  # a container of the user's that can't be copied
+            return copy.copy(batch)
+    return batch
 
 
 def _known(places: dict[str, _Known], name: str, new: Callable[[], _Known]) -> _Known:

@@ -22,6 +22,7 @@ from gradmon.agent.start import start_agent
 from gradmon.config import Config, Loaded
 from gradmon.handshake import Agreement, AttachError, Hello, agree
 from gradmon.health import HealthFile
+from gradmon.importing import refuse_to_train
 from gradmon.journal import JournalWriter, journal_path
 from gradmon.log import Announcer
 from gradmon.record import RankIdentity
@@ -55,6 +56,7 @@ def make_plan(
     model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], given: Config | Mapping[str, Any] | Any
 ) -> Plan:
     """Check everything that this rank can check alone; raises what `attach` says."""
+    refuse_to_train()
     loaded = config.load(given)
     ranks = identity.rank_environment(os.environ)
     if dist.is_available() and dist.is_initialized():

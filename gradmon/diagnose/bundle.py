@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import inspect
 import math
 import os
 import pickle
@@ -42,6 +43,8 @@ _DEEPEST = 16
 _KINDS: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
 #: Marks a dict that was an object with fields: a dataclass, a BatchEncoding.
 _FIELDS_OF = "gradmon:fields of"
+#: Name of what the DataLoader gave, in sentences.
+LOADED = "the loader's batch"
 
 
 class BundleError(ValueError):
@@ -80,6 +83,9 @@ class Forward:
     """Inputs that asked for a gradient, `input 0`."""
     bad: list[str] = field(default_factory=list)
     """What is not finite in the batch, as sentences."""
+    loaded: Any = None
+    """The batch as the DataLoader gave it, targets too; None where it is not known. What forward got is in it as well,
+    and is stored once."""
 
 
 @dataclass(slots=True)
@@ -252,6 +258,7 @@ def _from_content(path: Path, content: Any) -> Bundle:
         known["forwards"] = [_build(Forward, f) for f in content["forwards"]]
         for forward in known["forwards"]:
             forward.args, forward.kwargs = tuple(restored(forward.args)), dict(restored(forward.kwargs))
+            forward.loaded = restored(forward.loaded)
         return Bundle(**known)
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} is damaged: {type(error).__name__} {error}; copy it again") from None
@@ -394,10 +401,68 @@ def inputs_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tupl
         yield f"input {name}", value
 
 
+def same(mine: Tensor, other: Tensor) -> bool:
+    """True if they hold the same numbers in the same order, in whatever shape and type; NaN is NaN."""
+    if mine.numel() != other.numel() or {mine.layout, other.layout} != {torch.strided}:
+        return False
+    if mine.is_complex() != other.is_complex():
+        return False
+    a, b = mine.detach().reshape(-1), other.detach().reshape(-1)
+    cast = a.is_floating_point() and b.is_floating_point()  # as autocast does, which rounds
+    common = b.dtype if cast else torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(b.device, common), b.to(common)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def rest_of(forward: Forward) -> tuple[Any, ...] | dict[str, Any]:
+    """What the DataLoader gave and forward did not get, which are the targets, and mostly nothing else.
+
+    Of a list or tuple what remains, in its order; of a dict (or an object with fields) the entries that remain. What
+    forward got in another shape or type counts as given; so does, of tensors with more than one dimension, the first
+    with as many elements as an input that none is equal to: it was normalised on the way.
+    """
+    remaining = list(_remaining(forward))
+    return dict(remaining) if isinstance(forward.loaded, dict) else tuple(part for _, part in remaining)
+
+
+def _remaining(forward: Forward) -> Iterator[tuple[Any, Any]]:
+    """(Place in the loader's batch, part); the place is None for a batch that is no container."""
+    given = [t for name, value in inputs_of(forward.args, forward.kwargs) for _, t in tensors_in(value, name)]
+    loaded = forward.loaded
+    parts: Iterable[tuple[Any, Any]] = [] if loaded is None else [(None, loaded)]
+    if isinstance(loaded, dict):
+        parts = loaded.items()
+    elif isinstance(loaded, (list, tuple)):
+        parts = enumerate(loaded)
+    for place, part in [(place, part) for place, part in parts if not _was_given(part, given)]:
+        large = isinstance(part, Tensor) and part.dim() > 1  # labels are not taken for time steps
+        changed = next((i for i, known in enumerate(given) if large and part.numel() == known.numel()), None)
+        if changed is None:
+            yield place, part
+        else:
+            del given[changed]
+
+
+def _was_given(part: Any, given: list[Tensor]) -> bool:
+    """True if all its tensors are among those given, which they are then taken from: of two equal ones one may be a
+    target.
+    """
+    left = list(given)
+    tensors = [t for _, t in tensors_in(part, "")]
+    for tensor in tensors:
+        place = next((i for i, known in enumerate(left) if same(tensor, known)), None)
+        if place is None:
+            return False
+        del left[place]
+    given[:] = left
+    return bool(tensors)
+
+
 def given_inputs(forward: Forward) -> list[tuple[Given, Tensor]]:
-    """The batch's tensors, and what is wrong with each."""
+    """The batch's tensors, the targets too where they are known, and what is wrong with each."""
+    only_loaded = [(LOADED if p is None else f"{LOADED}[{p!r}]", part) for p, part in _remaining(forward)]
     found = []
-    for name, value in inputs_of(forward.args, forward.kwargs):
+    for name, value in (*inputs_of(forward.args, forward.kwargs), *only_loaded):
         for where, tensor in tensors_in(value, name):
             holds = contents(tensor) or Contents()
             told = _bad_samples(tensor, where, holds, forward.indices) if holds.bad else ""
@@ -431,21 +496,40 @@ def _sample(number: int, indices: Any) -> str:
 
 
 def redacted(forward: Forward, redact: str | None, notes: list[str]) -> None:
-    """Have the user's function say what may be saved of the batch; where it fails, nothing may."""
+    """Have the user's function say what may be saved of the batch; where it fails, nothing may.
+
+    It is called with (args, kwargs, loaded) and returns the three; one that takes two arguments returns two, and what
+    the DataLoader gave, which it was never shown, is left out.
+    """
     if redact is None:
         return
     try:
-        result = factory.function(redact, "incident.redact")(restored(forward.args), restored(forward.kwargs))
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(f"must return (args, kwargs), got a {type(result).__name__}")
-        args, kwargs = result
+        function = factory.function(redact, "incident.redact")
+        given = [restored(forward.args), restored(forward.kwargs), restored(forward.loaded)]
+        shown = 3 if _takes(function, *given) else 2
+        result = function(*given[:shown])
+        if not (isinstance(result, tuple) and len(result) == shown):
+            wanted = "(args, kwargs, loaded)" if shown == 3 else "(args, kwargs)"
+            raise TypeError(f"must return {wanted}, got a {type(result).__name__}")
         told: list[str] = []
+        args, kwargs, loaded = (*result, None)[:3]
+        if shown == 2 and forward.loaded is not None:
+            told.append(f"what the DataLoader gave was left out: incident.redact {redact} takes no third argument")
         forward.args = tuple(plain(list(args), "input", told, lambda t, _where: t.detach().cpu()))
         forward.kwargs = dict(plain(dict(kwargs), "input", told, lambda t, _where: t.detach().cpu()))
+        forward.loaded = plain(loaded, LOADED, told, lambda t, _where: t.detach().cpu())
         notes += [*told, f"the batch is what {redact} left of it"]
     except Exception as error:  # the user's function: whatever it raises
-        forward.args, forward.kwargs = (), {}
+        forward.args, forward.kwargs, forward.loaded = (), {}, None
         notes.append(f"the batch was left out: incident.redact {redact} failed ({type(error).__name__}: {error})")
+
+
+def _takes(function: Callable[..., Any], *args: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*args)
+    except (TypeError, ValueError):  # it does not, or that can't be told
+        return False
+    return True
 
 
 def _worst(view: JournalView) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import platform
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradmon import __version__
 from gradmon.config import IncidentConfig
-from gradmon.data_watch import Loaded
-from gradmon.diagnose.bundle import Bundle, Draft, Forward, bundle_path, inputs_of, plain
+from gradmon.diagnose.bundle import LOADED, Bundle, Draft, Forward, bundle_path, inputs_of, plain, same
 from gradmon.diagnose.operations import is_users
 from gradmon.diagnose.weights import plain_name
 from gradmon.inputs import is_readable
+from gradmon.loaded import Gave, Loaded
 from gradmon.record import RankIdentity, StepRecord
 
 #: Frames of the user's code that are kept of a forward call.
@@ -52,7 +52,7 @@ class _Held:
     autocast: torch.dtype | None
     stack: list[tuple[str, int, str]]
     indices: Any
-    """The indices, or a `Loaded` that can tell them."""
+    """The indices, or a `Loaded` that can tell them and has the loader's batch."""
     notes: list[str]
     versions: dict[int, int] = field(default_factory=dict)
     """id of a tensor -> how often it had been written to in place."""
@@ -69,8 +69,10 @@ class Capture:
     """Keeps references to the batches of the step in progress and of the one before.
 
     No copies are made: memory that a script would have freed is held for one step longer, the batches of at most
-    `config.batches` forward calls of each of the two steps. Nothing is kept of forwards without gradients
-    (evaluation), nor of calls inside a call (recursion, a checkpointed forward that runs again).
+    `config.batches` forward calls of each of the two steps. With each goes what the DataLoader gave, where the targets
+    are: the same tensors, or those on the host of which `.to(device)` made copies; and one batch more per step, as a
+    prefetcher may be ahead of the call. Nothing is kept of forwards without gradients (evaluation), nor of calls inside
+    a call (recursion, a checkpointed forward that runs again).
 
     Args:
         model: what the user calls: the DDP object, the compiled module, where there is one.
@@ -164,7 +166,7 @@ class Capture:
         room = self._config.max_mib << 20
         forwards = []
         for held in self._chosen(record, step, notes):
-            size = _bytes_of(held)
+            size = _bytes_of((held.args, held.kwargs))
             if size > room:
                 notes.append(
                     f"the batch of micro-step {held.micro_step} was left out: {_mib(size)} do not fit into"
@@ -172,7 +174,9 @@ class Capture:
                 )
                 continue
             room -= size
-            forwards.append(self._on_host(held, notes))
+            forward, size = self._on_host(held, room, notes)
+            forwards.append(forward)
+            room -= size
         weights = self._weights(room, record, notes)
         bundle = Bundle(
             identity=identity,
@@ -293,21 +297,29 @@ class Capture:
             return list(reversed(step.held))
         return chosen
 
-    def _on_host(self, held: _Held, notes: list[str]) -> Forward:
+    def _on_host(self, held: _Held, room: int, notes: list[str]) -> tuple[Forward, int]:
+        """With it the bytes that what the loader gave takes, of those there are."""
         notes += held.notes
+        copies: list[tuple[Tensor, Tensor]] = []
 
         def to_host(tensor: Tensor, where: str) -> Tensor | None:
             known = held.versions.get(id(tensor), -1)
             if known >= 0 and tensor._version != known:
                 notes.append(f"{where} of micro-step {held.micro_step} was written over after the forward call")
-            return _on_host(tensor, where, notes)
+            host = _on_host(tensor, where, notes)
+            if host is not None:
+                copies.append((tensor, host))
+            return host
 
         args = tuple(plain(value, where, notes, to_host, _PARTS_SAVED) for where, value in inputs_of(held.args, {}))
         kwargs = {
             name.removeprefix("input "): plain(value, name, notes, to_host, _PARTS_SAVED)
             for name, value in inputs_of((), held.kwargs)
         }
-        return Forward(
+        gave = _loaded_for(held, copies)
+        indices = gave.indices if gave is not None else _indices(held, notes)
+        loaded, size = (None, 0) if gave is None else self._loaded(held, gave, copies, room, notes)
+        forward = Forward(
             micro_step=held.micro_step,
             args=args,
             kwargs=kwargs,
@@ -315,9 +327,35 @@ class Capture:
             device=self._device.type,
             autocast=held.autocast,
             stack=[f"{file}:{line} in {function}" for file, line, function in held.stack],
-            indices=plain(_indices(held, (args, kwargs), notes), "indices", notes, to_host, _PARTS_SAVED),
+            indices=plain(indices, "indices", notes, to_host, _PARTS_SAVED),
             requires_grad=held.requires_grad,
+            loaded=loaded,
         )
+        return forward, size
+
+    def _loaded(
+        self, held: _Held, gave: Gave, copies: list[tuple[Tensor, Tensor]], room: int, notes: list[str]
+    ) -> tuple[Any, int]:
+        """What the loader gave, and the bytes it takes; what forward got of it is stored once."""
+
+        def stored(tensor: Tensor, _where: str) -> Tensor:
+            return next((host for given, host in copies if tensor is given or _is_copy(tensor, host)), tensor)
+
+        batch = plain(gave.batch, LOADED, [], stored, _PARTS_SAVED)
+        known = {id(host) for _, host in copies}
+        size = _bytes_of(batch, known)
+        if size > room:
+            notes.append(
+                f"what the DataLoader gave for micro-step {held.micro_step} was left out: {_mib(size)} do not fit into"
+                f" incident.max_mib {self._config.max_mib} beside the batch"
+            )
+            return None, 0
+
+        def on_host(tensor: Tensor, where: str) -> Tensor | None:
+            shared = stored(tensor, where)
+            return shared if id(shared) in known else _on_host(tensor, where, notes)
+
+        return plain(gave.batch, LOADED, notes, on_host, _PARTS_SAVED), size
 
     def _weights(self, room: int, record: StepRecord, notes: list[str]) -> dict[str, Tensor] | None:
         if not self._config.weights:
@@ -396,28 +434,38 @@ def _kind(value: Tensor) -> str:
     return f"tensor of layout {value.layout}, type {value.dtype} and device {value.device.type}"
 
 
-def _indices(held: _Held, on_host: Any, notes: list[str]) -> Any:
-    """The dataset indices of the batch that this forward was given."""
+def _loaded_for(held: _Held, copies: list[tuple[Tensor, Tensor]]) -> Gave | None:
+    """The loader's batch that this forward was given, or a part of it; None where that is not known."""
+    if not isinstance(held.indices, Loaded):
+        return None
+    return held.indices.batch_of([given for given, _ in copies], [host for _, host in copies])
+
+
+def _indices(held: _Held, notes: list[str]) -> Any:
+    """The dataset indices, where no batch of the loader's is known to be this forward's."""
     if not isinstance(held.indices, Loaded):
         return held.indices
-    found: list[Tensor] = []
-    plain(on_host, "", [], lambda tensor, _where: found.append(tensor), _PARTS_SAVED)
-    indices = held.indices.indices_of(found)
-    if indices is None and any(asked is not None for asked, _ in held.indices.batches):
+    if held.indices.batches:
         notes.append(
-            "the samples' dataset indices are not known: the batch was changed between loader and model, and a loader "
-            "may be ahead of it"
+            "the samples' dataset indices are not known, and what the DataLoader gave is left out: the batch was"
+            " changed between loader and model, and a loader may be ahead of it"
         )
-    return indices
+    return None
 
 
-def _bytes_of(held: _Held) -> int:
-    """What it takes on the host, about."""
+def _is_copy(tensor: Tensor, host: Tensor) -> bool:
+    on_host = tensor.device.type == "cpu" and is_readable(tensor)
+    return on_host and (tensor.dtype, tensor.shape) == (host.dtype, host.shape) and same(tensor, host)
+
+
+def _bytes_of(batch: Any, known: Collection[int] = ()) -> int:
+    """What it takes on the host, about; without the tensors of these ids, which are stored already."""
     tensors: dict[int, Tensor] = {}
     texts = 0
 
     def add(tensor: Tensor, _where: str) -> None:
-        tensors[id(tensor)] = tensor
+        if id(tensor) not in known:
+            tensors[id(tensor)] = tensor
 
     def look(value: Any) -> None:
         nonlocal texts
@@ -429,8 +477,8 @@ def _bytes_of(held: _Held) -> int:
         elif isinstance(value, dict):
             look(list(value.values()))
 
-    plain((held.args, held.kwargs), "", [], add, _PARTS_SAVED)
-    look((held.args, held.kwargs))
+    plain(batch, "", [], add, _PARTS_SAVED)
+    look(batch)
     return texts + sum(
         (t._nnz() if t.layout == torch.sparse_coo else t.numel()) * t.element_size() for t in tensors.values()
     )

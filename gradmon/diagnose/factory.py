@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from gradmon.importing import TrainsOnImportError, only_looking
+
 
 class FactoryError(ValueError):
     """A name given as `module:name` is of no use; the message says why and what to do about it."""
@@ -39,7 +41,13 @@ def named(spec: str, option: str) -> Any:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(module_name)
+        with only_looking():
+            found: Any = importlib.import_module(module_name)
+    except TrainsOnImportError:
+        raise FactoryError(
+            f"{option} {spec}: {module_name} trains when it is imported: put the training under"
+            f" `if __name__ == '__main__':` and name the function that makes the {_wanted(option)}"
+        ) from None
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
             raise FactoryError(f"{option} {spec}: importing {module_name} needs {error.name}; install it") from None
@@ -90,7 +98,13 @@ def made(spec: str, option: str) -> Any:
             " name a function without any, such as `def make_model(): return Net(...)`"
         )
     try:
-        return factory()
+        with only_looking():
+            return factory()
+    except TrainsOnImportError:
+        raise FactoryError(
+            f"{option} {spec}: {spec.partition(':')[2]} trains when it is called: name the function that makes the"
+            f" {_wanted(option)} and does nothing else"
+        ) from None
     except SystemExit as error:
         raise FactoryError(f"{option} {spec} {_ended(error)}") from None
     except Exception as error:  # the user's function: whatever it raises is told as it is
@@ -111,6 +125,27 @@ def model(spec: str, option: str = "--model") -> nn.Module:
     return found
 
 
+def loss(spec: str, option: str = "--loss") -> Callable[..., Any]:
+    """The loss function that `module:name` stands for; of a class, such as `torch.nn:CrossEntropyLoss`, an instance.
+
+    Raises:
+        FactoryError: as `function`; of a class, as `made`.
+    """
+    found = function(spec, option)
+    if not isinstance(found, type):
+        return found
+    if needed := _needed(found):
+        raise FactoryError(
+            f"{option} {spec} needs arguments ({', '.join(needed)}); name an instance, such as `criterion ="
+            f" {found.__name__}(...)`"
+        )
+    instance = made(spec, option)
+    if not callable(instance):
+        raise FactoryError(f"{option} {spec} must be a loss (got a {type(instance).__name__}, which can't be called)")
+    called: Callable[..., Any] = instance
+    return called
+
+
 def _needed(factory: Callable[..., Any]) -> list[str]:
     """Names of the arguments it can't be called without; nothing where that can't be told."""
     try:
@@ -118,6 +153,10 @@ def _needed(factory: Callable[..., Any]) -> list[str]:
     except (TypeError, ValueError):
         return []
     return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _wanted(option: str) -> str:
+    return {"--data": "data", "--loss": "loss", "--optimizer": "optimizer"}.get(option, "model")
 
 
 def _ended(error: SystemExit) -> str:

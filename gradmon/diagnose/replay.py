@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import random
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,10 +27,13 @@ from gradmon.diagnose.bundle import (
     given_inputs,
     inputs_of,
     load_bundle,
+    rest_of,
     samples_named,
     tensors_in,
 )
+from gradmon.diagnose.loss import CONVENTION, ReplayError, inputs_told, loss_of, where_the_loss_is
 from gradmon.diagnose.operations import Contents, Given, Operation, OperationWatch, Seen, contents, is_users
+from gradmon.diagnose.usage import MODULE_FACTORY
 from gradmon.diagnose.weights import load_weights, plain_name, put_weights
 
 Verdict = Literal["reproduced", "not reproduced", "unclear"]
@@ -37,10 +41,6 @@ Verdict = Literal["reproduced", "not reproduced", "unclear"]
 _SAME = 0.5
 #: No sound parameter holds a larger value.
 _BLOWN_UP = 1e5
-
-
-class ReplayError(ValueError):
-    """A bundle can't be replayed with what was given; the message says why and what to do about it."""
 
 
 @dataclass(slots=True)
@@ -122,6 +122,8 @@ class _Run:
     norm: float
     has_loss: bool
     """False where the sum of the outputs stands for it."""
+    operations: list[Operation]
+    """Of the training: without a real loss, those of the forward alone."""
 
 
 def replay(
@@ -131,15 +133,19 @@ def replay(
     weights: Mapping[str, Tensor] | None = None,
     *,
     device: torch.device | str | None = None,
+    command: str = "gradmon replay BUNDLE --model MODULE:FACTORY",
 ) -> Replay:
     """Run the bundle's batch again, forward and backward, and find the operation that broke first.
 
     Args:
         bundle: as `load_bundle` reads it.
         model: of the kind that was trained; its weights are replaced, and it is moved to `device`.
-        loss_fn: `loss_fn(output, *args, **kwargs)`, where the model's output is not the loss itself and has no `.loss`.
+        loss_fn: where the model's output is not the loss itself and has no `.loss`: `loss_fn(output, *rest)` with what
+            the DataLoader gave and forward did not get, see `rest_of`; `loss_fn(output, *args, **kwargs)` where that is
+            nothing.
         weights: a state dict, if the bundle holds none.
         device: where to run it; None: on the kind of device it was trained on, if there is one here.
+        command: what the answer tells to run again with `--loss`, if that is missing.
 
     Raises:
         ReplayError: there is no batch in the bundle, or model, batch, weights and loss do not fit together.
@@ -163,7 +169,10 @@ def replay(
             " give --loss module:function"
         )
     notes += _far_too_large(model)
-    return _answer(bundle, run, model, list(dict.fromkeys(notes)), weights_known=weights_known)
+    answer = _answer(bundle, run, model, list(dict.fromkeys(notes)), weights_known=weights_known)
+    if answer.verdict == "unclear":
+        answer.why += f"; {where_the_loss_is(run.forward, command, bundle.notes)}"
+    return answer
 
 
 def _answer(bundle: Bundle, run: _Run, model: nn.Module, notes: list[str], *, weights_known: bool) -> Replay:
@@ -173,7 +182,7 @@ def _answer(bundle: Bundle, run: _Run, model: nn.Module, notes: list[str], *, we
         message = blame.finding.message + _of_samples(blame.culprit, run.forward)
         blame = dataclasses.replace(blame, finding=dataclasses.replace(blame.finding, message=message))
     verdict, why = _verdict(bundle, run, blame, weights_known=weights_known)
-    if blame is None and bundle.record.reason == "spike" and verdict != "not reproduced":
+    if blame is None and bundle.record.reason == "spike" and verdict == "reproduced":
         blame = blame_jump(gradients, bundle.record.parameter, run.inputs)
     named = bundle.record.parameter
     if blame is not None and named is not None:
@@ -185,7 +194,7 @@ def _answer(bundle: Bundle, run: _Run, model: nn.Module, notes: list[str], *, we
         verdict=verdict,
         why=why,
         blame=blame,
-        growths=growths(run.watch.operations),
+        growths=growths(run.operations),
         loss=float(run.root.detach()),
         norm=run.norm,
         micro_step=run.forward.micro_step,
@@ -290,8 +299,12 @@ def _run(
     notes: list[str],
 ) -> _Run:
     forward = dataclasses.replace(
-        forward, args=tuple(_moved(list(forward.args), device)), kwargs=_moved(forward.kwargs, device)
+        forward,
+        args=tuple(_moved(list(forward.args), device)),
+        kwargs=_moved(forward.kwargs, device),
+        loaded=_moved(forward.loaded, device),
     )
+    rest = rest_of(forward)  # before the model writes into its inputs
     _require_gradients(forward)
     model.zero_grad(set_to_none=True)
     for name, module in model.named_modules():
@@ -304,52 +317,13 @@ def _run(
                 output = watch.call(model, *forward.args, **forward.kwargs)
             except Exception as error:  # the user's model: whatever it raises
                 raise ReplayError(_does_not_fit(forward, error)) from error
-            root, made, has_loss = _loss(watch, output, forward, loss_fn)
-        ends = [(name, watch.look(end)) for name, end in made]
-        _backward(watch, root, bundle.record.loss_scale, notes)
+            loss = loss_of(watch, output, forward, rest, loss_fn)
+        ends = [(name, watch.look(end)) for name, end in loss.ends]
+        _backward(watch, loss.root, bundle.record.loss_scale, notes)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = norm_of(gradients) / (bundle.record.loss_scale or 1.0)
-    return _Run(forward, watch, inputs, root, [*ends, *watch.arrived], norm, has_loss)
-
-
-def _loss(
-    watch: OperationWatch, output: Any, forward: Forward, loss_fn: Callable[..., Any] | None
-) -> tuple[Tensor, list[tuple[str, Tensor]], bool]:
-    """(what backward starts from, the ends of the forward, whether it is the real loss)."""
-    if loss_fn is not None:
-        try:
-            loss = watch.call(loss_fn, output, *forward.args, **forward.kwargs)
-        except Exception as error:  # the user's function: whatever it raises
-            raise ReplayError(
-                f"--loss failed with {type(error).__name__}: {error}; it is called as loss(output, *args, **kwargs),"
-                f" with {_inputs_told(forward)}"
-            ) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ReplayError(f"--loss must return one number as a tensor (got {_told(loss)})")
-        return loss, [("the loss", loss)], True
-    own = output
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        own = output["loss"]
-    elif isinstance(getattr(output, "loss", None), Tensor):
-        own = output.loss
-    if isinstance(own, Tensor) and own.numel() == 1:
-        return own, [("the loss", own)], True
-    parts = [(name, t) for name, t in _outputs(output) if t.is_floating_point()]
-    if not parts:
-        raise ReplayError(f"the model returns no tensor of floating point ({_told(output)}): give --loss")
-
-    def total() -> Tensor:
-        # An Inf that a mask has put into an output is no loss of anybody's.
-        return sum((torch.where(t.isfinite(), t, torch.zeros_like(t)).sum() for _, t in parts), torch.zeros(()))
-
-    root: Tensor = watch.call(total)
-    ends = [(f"the {name}", t) for name, t in parts]
-    return root, [(name, t) for name, t in ends if not _masked(watch.look(t))], False
-
-
-def _masked(seen: Seen) -> bool:
-    root = seen.root
-    return seen.holds.bad and not seen.holds.nan_count and root is not None and root.meant
+    operations = watch.operations if loss.real else watch.operations[: loss.operations]
+    return _Run(forward, watch, inputs, loss.root, [*ends, *watch.arrived], norm, loss.real, operations)
 
 
 def _backward(watch: OperationWatch, root: Tensor, scale: float | None, notes: list[str]) -> None:
@@ -452,48 +426,32 @@ def _given_weights(model: nn.Module) -> Iterator[tuple[Given, Tensor]]:
             yield Given(kind, name, holds, told), tensor
 
 
-def _outputs(output: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(output, Tensor):
-        yield "output", output
-        return
-    if isinstance(output, Mapping):
-        value: Any = dict(output)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        value = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    else:
-        value = output
-    yield from tensors_in(value, "output")
-
-
 def _does_not_fit(forward: Forward, error: Exception) -> str:
     said = (str(error).splitlines() or [""])[0]
     return (
         f"the model does not fit the bundle's batch: {type(error).__name__}: {said};"
-        f" it was called with {_inputs_told(forward)}: name the factory of the model that was trained"
+        f" it was called with {inputs_told(forward)}: name the factory of the model that was trained"
     )
 
 
-def _inputs_told(forward: Forward) -> str:
-    return ", ".join(f"{name} {_told(value)}" for name, value in inputs_of(forward.args, forward.kwargs)) or "nothing"
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return type(value).__name__
-
+_EXAMPLE = """\
+example:
+  gradmon replay RUN/HOST/0/rank-00001-step-0000008.bundle --model train:make_model --loss torch.nn:CrossEntropyLoss
+"""
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gradmon replay`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"{MODULE_FACTORY}\n{CONVENTION}\n{_EXAMPLE}"
     parser.add_argument("bundle", metavar="BUNDLE", help="rank-*-step-*.bundle, beside the journals of the run")
-    parser.add_argument("--model", required=True, metavar="MODULE:FACTORY", help="function that makes the model")
+    parser.add_argument("--model", required=True, metavar="MODULE:FACTORY", help="what makes the model, see below")
     parser.add_argument(
         "--loss",
         metavar="MODULE:FUNCTION",
-        help="loss(output, *args, **kwargs) (default: the model's own, if it has one)",
+        help="loss(output, *rest), see below (default: the model's own, if it has one)",
     )
     parser.add_argument("--weights", metavar="FILE", help="state dict (default: the bundle's, else the factory's)")
     parser.add_argument("--graph", metavar="PATH", help="draw the autograd graph there, as SVG and PNG")
@@ -508,15 +466,23 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the bundle, the factory, the weights or the model are no good; the message names the cure.
     """
     bundle = load_bundle(Path(args.bundle))
-    loss = None if args.loss is None else factory.function(args.loss, "--loss")
+    loss = None if args.loss is None else factory.loss(args.loss)
     weights = None if args.weights is None else load_weights(Path(args.weights))
-    answer = replay(bundle, factory.model(args.model), loss, weights, device=args.device)
+    answer = replay(bundle, factory.model(args.model), loss, weights, device=args.device, command=_command(args))
     if args.graph is not None:
         from gradmon.diagnose.graph import draw
 
         answer.notes += [f"graph drawn: {path}" for path in draw(answer, Path(args.graph))]
     print(json.dumps(answer.to_dict(), indent=1) if args.json else answer.text(), end="\n" if args.json else "")
     return 0 if answer.verdict == "reproduced" else 1
+
+
+def _command(args: argparse.Namespace) -> str:
+    """As it was given; without what would be another output."""
+    given = ["gradmon", "replay", args.bundle, "--model", args.model]
+    for name in ("weights", "device"):
+        given += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    return shlex.join(given)
 
 
 def _row(operation: Operation) -> dict[str, Any]:

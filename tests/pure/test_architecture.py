@@ -16,12 +16,12 @@ from gradmon.record import STEP_FIELDS
 ROOT = Path(gradmon.__file__).parent
 #: Module -> floor. A module imports only from lower floors, or from its own where it is listed as an exception.
 FLOORS = {
-    "record": 0, "metrics": 0, "config": 0, "log": 0, "layers": 0, "locks": 0,
+    "record": 0, "metrics": 0, "config": 0, "log": 0, "layers": 0, "locks": 0, "importing": 0,
     "kernels": 1, "_triton_kernels": 1, "stats": 1, "rows": 1, "backward": 1, "local": 1, "sharding": 1, "topology": 1,
     "measuring": 1, "updates": 1, "detector": 1, "policy": 1, "actions": 1, "noise": 1, "stepping": 1, "landing": 1,
     "losses": 1, "resources": 1, "clipping": 1, "scaler": 1, "handshake": 1, "exits": 1, "replicas": 1, "snapshot": 1,
     "guard": 1, "health": 1, "rules": 1, "counting": 1, "timing": 1,
-    "loss_watch": 1, "inputs": 1, "data_watch": 1, "weight_watch": 1,
+    "loss_watch": 1, "inputs": 1, "loaded": 1, "data_watch": 1, "weight_watch": 1,
     "journal": 2, "identity": 2,
     "agent": 3, "plan": 3, "reporter": 3, "diagnose": 3, "watches": 3,
     "monitor": 4,
@@ -39,8 +39,9 @@ WITHIN = {
     "guard": {"actions", "detector", "landing", "loss_watch", "policy", "snapshot", "topology"},
     "scaler": {"topology"}, "losses": {"landing", "rows"}, "layers": {"record"}, "cli": {"demo", "stack"},
     "demo": {"stack"}, "diagnose": {"agent"},
-    "plan": {"agent"}, "watches": {"diagnose", "plan", "reporter"}, "data_watch": {"inputs", "landing", "loss_watch"},
-    "inputs": {"stats"},
+    "plan": {"agent"}, "watches": {"diagnose", "plan", "reporter"},
+    "data_watch": {"inputs", "landing", "loaded", "loss_watch"},
+    "inputs": {"stats"}, "loaded": {"inputs"},
     "weight_watch": {"stats"},
 }  # fmt: skip
 PURE = {"record", "metrics", "detector", "policy", "layers", "noise", "counting", "rules", "loss_watch"}

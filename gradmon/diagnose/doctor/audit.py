@@ -14,7 +14,15 @@ from gradmon.diagnose.doctor.activations import check_activations
 from gradmon.diagnose.doctor.flow import Flow
 from gradmon.diagnose.doctor.labels import check_labels
 from gradmon.diagnose.doctor.optimization import check_optimizer, check_range, range_test
-from gradmon.diagnose.doctor.probe import ModelError, as_loss_function, probe
+from gradmon.diagnose.doctor.probe import (
+    Evidence,
+    LossFunction,
+    ModelError,
+    as_loss_function,
+    of_output,
+    probe,
+    runs,
+)
 from gradmon.diagnose.doctor.weights import check_weights
 from gradmon.record import Finding
 
@@ -55,7 +63,7 @@ class Diagnosis:
         return as_text(self)
 
 
-def diagnose(
+def doctor(
     model: nn.Module,
     batch: Any,
     loss_fn: Any = None,
@@ -69,9 +77,10 @@ def diagnose(
     Args:
         model: on any device, before it is sharded; what DDP or torch.compile wraps is unwrapped.
         batch: as the loop gets it.
-        loss_fn: a function of (model, batch) that returns the loss; or a criterion, fed model(inputs) and the target of
-            a batch (inputs, target). Without one: the model's own loss, cross entropy for whole numbers as target, mean
-            squared error for others.
+        loss_fn: a function of (model, batch) that returns the loss; or a criterion or a function of (output, target),
+            fed model(inputs) and the target of a batch (inputs, target). A function that fails before it has called
+            the model is taken as one of (output, target). Without one: the model's own loss, cross entropy for whole
+            numbers as target, mean squared error for others.
         optimizer: audited too, by trial steps of a copy of it; that keeps one copy of the weights and of its state.
         loss_scale: factor that a GradScaler multiplies the loss by.
         lr_test: a learning-rate range test with the optimizer; SGD if there is none.
@@ -88,8 +97,7 @@ def diagnose(
         )
     if optimizer is not None:
         _check_same(model, optimizer)
-    function = as_loss_function(loss_fn)
-    evidence = probe(model, batch, function, loss_scale=loss_scale)
+    function, evidence = _probed(model, batch, loss_fn, loss_scale)
     flow = Flow(evidence.operations)
     findings = [*check_labels(evidence), *check_weights(evidence, flow), *check_activations(evidence, flow)]
     if optimizer is not None:
@@ -99,6 +107,33 @@ def diagnose(
         tested = optimizer if optimizer is not None else torch.optim.SGD(model.parameters(), lr=1e-3)
         findings += check_range(range_test(model, batch, function, tested), tested)
     return Diagnosis(_fewer(findings), sum(p.numel() for p in model.parameters()), evidence.loss)
+
+
+#: What the commands call it.
+diagnose = doctor
+
+
+def _probed(model: nn.Module, batch: Any, loss_fn: Any, loss_scale: float) -> tuple[LossFunction, Evidence]:
+    """The loss function as it can be called, and what it showed; both tries begin from the same state."""
+    function = as_loss_function(loss_fn)
+    with runs(model) as ran:
+        try:
+            return function, probe(model, batch, function, loss_scale=loss_scale)
+        except ModelError as error:
+            if ran or function is not loss_fn:
+                raise
+            first = error
+    other = of_output(function)
+    try:
+        return other, probe(model, batch, other, loss_scale=loss_scale)
+    except ModelError:
+        cause = first.__cause__ or first
+        said = (str(cause).splitlines() or [""])[0]
+        raise ModelError(
+            "your loss_fn is called as loss_fn(model, batch); wrap it:"
+            " `lambda model, batch: my_loss(model(batch[0]), batch[1])`, if it is one of (output, target); it failed"
+            f" before it had called the model, with {type(cause).__name__}: {said}"
+        ) from first
 
 
 def _fewer(findings: list[Finding]) -> tuple[Finding, ...]:
@@ -113,10 +148,6 @@ def _fewer(findings: list[Finding]) -> tuple[Finding, ...]:
             same[MOST_OF_A_RULE - 1 :] = [dataclasses.replace(last, message=more)]
     kept = [finding for same in by_rule.values() for finding in same]
     return tuple(sorted(kept, key=lambda finding: _ORDER[finding.severity]))
-
-
-#: Its name in `gradmon`.
-doctor = diagnose
 
 
 def _check_same(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

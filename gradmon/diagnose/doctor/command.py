@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from gradmon.diagnose.usage import MODULE_FACTORY
 from gradmon.record import Finding
 
 if TYPE_CHECKING:
@@ -18,12 +19,24 @@ if TYPE_CHECKING:
 
 _MARKS = {"error": "ERROR", "warning": "WARN", "info": "info"}
 _WIDTH = 118
+_CONVENTIONS = """\
+--data          a DataLoader of the script's, a function that makes one, or a batch: (inputs, targets).
+--loss          called as loss(model, batch); a criterion, its class (`torch.nn:CrossEntropyLoss`), or a function that
+                fails before it has called the model, as loss(model(inputs), *targets) for a batch (inputs, targets).
+
+example:
+  gradmon doctor train:make_model --data train:make_loader --loss torch.nn:CrossEntropyLoss
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"{MODULE_FACTORY}\n{_CONVENTIONS}"
     parser.add_argument(
-        "factory", metavar="MODULE:FACTORY", help="returns the model, or (model, batch, loss_fn[, optimizer])"
+        "factory",
+        metavar="MODULE:FACTORY",
+        help="returns the model, or (model, batch, loss_fn[, optimizer]); see below",
     )
     parser.add_argument(
         "--data",
@@ -33,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loss",
         metavar="MODULE:FUNCTION",
-        help="loss of (model, batch), or a criterion (default: by the target's type)",
+        help="loss of (model, batch), or a criterion, see below (default: by the target's type)",
     )
     parser.add_argument("--optimizer", metavar="MODULE:FUNCTION", help="takes the model, returns its optimizer")
     parser.add_argument("--lr-range", action="store_true", help="also search a learning rate, in a few dozen steps")
@@ -81,9 +94,7 @@ def _subject(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
             " (model, batch, loss_fn)"
         )
     if args.loss:
-        loss_fn = factory.function(args.loss, "--loss")
-    if isinstance(loss_fn, type):
-        loss_fn = loss_fn()  # nn.CrossEntropyLoss itself
+        loss_fn = factory.loss(args.loss)
     if args.optimizer:
         optimizer = factory.function(args.optimizer, "--optimizer")
     if optimizer is not None and not isinstance(optimizer, Optimizer):

@@ -6,7 +6,8 @@ Legend: C classes, N labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -398,6 +399,11 @@ def as_loss_function(loss_fn: Any) -> LossFunction:
     """
     if loss_fn is None:
         return default_loss
+    if isinstance(loss_fn, type):  # nn.CrossEntropyLoss itself
+        try:
+            loss_fn = loss_fn()
+        except TypeError as error:
+            raise ValueError(f"loss_fn is a class, and needs arguments: pass an instance ({error})") from error
     if not callable(loss_fn):
         kind = type(loss_fn).__name__
         raise ValueError(f"loss_fn must be a function of (model, batch) or a criterion (got a {kind})")  # noqa: TRY004
@@ -412,3 +418,35 @@ def as_loss_function(loss_fn: Any) -> LossFunction:
         return criterion(model(batch[0]), batch[1])
 
     return compared
+
+
+def of_output(loss_fn: Callable[..., Any]) -> LossFunction:
+    """`loss_fn(output, *targets)` as a function of (model, batch)."""
+
+    def compared(model: nn.Module, batch: Any) -> Any:
+        if not isinstance(batch, list | tuple) or len(batch) < 2:
+            raise ModelError("a loss of (output, target) needs a batch of (inputs, target)")
+        inputs, *targets = batch
+        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        return loss_fn(output, *targets)
+
+    return compared
+
+
+@contextmanager
+def runs(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules of it that have been called inside; their parameters' types and memory are put back if none has.
+
+    A function that takes the model for a tensor may call `.float()` on it.
+    """
+    ran: list[nn.Module] = []
+    handles = [m.register_forward_pre_hook(lambda module, _: ran.append(module)) for m in model.modules()]
+    data = [(p, p.data) for p in model.parameters()]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, kept in data:
+            if not ran and parameter.dtype != kept.dtype:
+                parameter.data = kept
