@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from browsing import SWITCHES
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 _MISSING = "is not installed: left out"
 _left_out: list[str] = []
@@ -51,6 +57,16 @@ def amtool() -> str:
 @pytest.fixture(scope="session")
 def chromium() -> str:
     return _tool("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(SWITCHES))
+        yield browser
+        browser.close()
 
 
 def _note(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -79,7 +79,8 @@ def page(title: str, main: Markup, data: Mapping[str, Any]) -> str:
         main: what stands inside <main>.
         data: for the charts: `charts`, `marks`.
     """
-    scripts = [(_PAGE / "uPlot.iife.min.js").read_text("utf-8"), (_HERE / "charts.js").read_text("utf-8")]
+    own = (_PAGE / "shared.js").read_text("utf-8") + (_HERE / "charts.js").read_text("utf-8")
+    scripts = [(_PAGE / "uPlot.iife.min.js").read_text("utf-8"), own]
     allowed = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     icon = base64.b64encode((_PAGE / "favicon.svg").read_bytes()).decode()
     parts = {

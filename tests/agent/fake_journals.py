@@ -113,7 +113,9 @@ def detail(step: int, *rows: list[float]) -> Detail:
     return Detail(step, "global", array("d", [value for one in rows for value in one]).tobytes())
 
 
-class _Landed:
+class Landed:
+    """A step whose numbers are there already."""
+
     def __init__(self, record: StepRecord, events: list[Event], details: Sequence[Detail] = ()) -> None:
         self._answer = record, events
         self._details = details
@@ -159,14 +161,14 @@ class FakeRank:
     def step(self, *records: StepRecord, tell: bool = True) -> FakeRank:
         """Write steps, with an event for each that is not healthy."""
         for one in records:
-            self.writer.put(_Landed(one, [event(one)] if tell and not one.healthy else []))
+            self.writer.put(Landed(one, [event(one)] if tell and not one.healthy else []))
         assert self.writer.flush(30)
         return self
 
     def detailed(self, *details: Detail) -> FakeRank:
         """Write healthy steps with their details."""
         for one in details:
-            self.writer.put(_Landed(record(one.step), [], [one]))
+            self.writer.put(Landed(record(one.step), [], [one]))
         assert self.writer.flush(30)
         return self
 
@@ -284,7 +286,7 @@ def simulate(ranks: list[FakeRank], first: int, last: int, seed: int = 7, step_s
                 one = record(step, **shared, **own)
             if step >= first:
                 full = [detail(step, *(row(norm) for _ in rank.parameters))] if step % 10 == 0 else []
-                rank.writer.put(_Landed(one, _told(one), full))
+                rank.writer.put(Landed(one, _told(one), full))
     for rank in ranks:
         assert rank.writer.flush(30)
 

@@ -11,9 +11,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import fake_journals
+from fake_journals import Landed, row
+
 from gradmon.config import Config
 from gradmon.journal import JournalWriter, journal_path
-from gradmon.record import DETAIL_COLUMNS, Detail, Event, RankIdentity, StepRecord
+from gradmon.record import Detail, Event, RankIdentity, StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Unix time at which all these runs begin.
@@ -34,58 +37,30 @@ def identity(run="gpt-small", instance="i1", attempt=0, rank=0, world_size=1, **
         "host": f"node-{'abcdefgh'[rank // 8 % 8]}",
         "pid": 1000 + rank,
         "device": "NVIDIA H100",
-        "mode": "guard",
-        "topology": "ddp" if world_size > 1 else "single",
-        "script": "train.py",
-        "version": "0.1.0",
         "started_seconds": BEGAN + 3600 * attempt,
     }
-    return RankIdentity(
-        run=run, instance=instance, attempt=attempt, rank=rank, world_size=world_size, **facts | changes
-    )
+    return fake_journals.identity(run, instance, attempt, rank, world_size, **facts | changes)
 
 
 def record(step: int, **changes) -> StepRecord:
     """A healthy step."""
     facts = {
-        "step": step,
         "wall_seconds": BEGAN + 0.1 * step,
-        "step_seconds": 0.1,
         "grad_norm": 1.0,
         "grad_norm_applied": 1.0,
         "grad_norm_limit": 4.0 if step > 8 else None,
         "local_grad_norm": 1.2,
-        "nan_count": 0,
-        "inf_count": 0,
-        "local_nan_count": 0,
-        "local_inf_count": 0,
-        "action": "none",
-        "reason": "healthy",
-        "applied": True,
-        "culprit_rank": None,
-        "parameter": None,
-        "learning_rate": 1e-3,
-        "learning_rate_scale": 1.0,
-        "loss": 2.0,
         "memory_bytes": 3 << 30,
     }
-    return StepRecord(**facts | changes)
+    return fake_journals.record(step, **facts | changes)
 
 
 def nonfinite(step: int, *, rank: int | None, here: bool, **changes) -> StepRecord:
     """A skipped step that broke on `rank`; `here` if that one writes it."""
-    facts = {
-        "grad_norm": math.nan,
-        "grad_norm_applied": 0.0,
-        "local_grad_norm": math.nan if here else 1.2,
-        "nan_count": 64,
-        "local_nan_count": 64 if here else 0,
-        "action": "skip",
-        "reason": "nonfinite",
-        "culprit_rank": rank,
-        "parameter": "blocks.2.mlp.up.weight",
-    }
-    return record(step, **facts | changes)
+    own = {} if here else {"local_grad_norm": 1.2}
+    facts = {"wall_seconds": BEGAN + 0.1 * step, "parameter": "blocks.2.mlp.up.weight", "memory_bytes": 3 << 30}
+    facts |= {"grad_norm_limit": 4.0 if step > 8 else None, **own}
+    return fake_journals.nonfinite(step, rank=rank, here=here, **facts | changes)
 
 
 def spike(step: int, *, rank: int | None = 0, **changes) -> StepRecord:
@@ -119,37 +94,6 @@ def detail(step: int, rows: Sequence[Sequence[float]], place="global") -> Detail
     return Detail(step, place, array("d", [value for row in rows for value in row]).tobytes())
 
 
-def row(norm: float = 1.0, **changes: float) -> list[float]:
-    facts = {
-        "sum_of_squares": norm**2,
-        "nan_count": 0.0,
-        "inf_count": 0.0,
-        "zero_count": 2.0,
-        "abs_max": norm / 2,
-        "minimum": -norm / 2,
-        "maximum": norm / 3,
-        "update_ratio": 1e-3,
-    }
-    return [(facts | changes)[name] for name in DETAIL_COLUMNS]
-
-
-class _Landed:
-    def __init__(self, one: StepRecord, events: Sequence[Event], details: Sequence[Detail]) -> None:
-        self._answer, self._details = (one, list(events)), list(details)
-
-    def landed(self) -> bool:
-        return True
-
-    def record(self, memory_bytes: int | None) -> tuple[StepRecord, list[Event]]:
-        return self._answer
-
-    def details(self) -> list[Detail]:
-        return self._details
-
-    def findings(self) -> list[Event]:
-        return []
-
-
 class WritingRank:
     """A rank that writes its journal; `end` it, or let its process be killed."""
 
@@ -170,7 +114,7 @@ class WritingRank:
         self._put = 0
 
     def step(self, one: StepRecord, *events: Event, details: Sequence[Detail] = ()) -> None:
-        self.writer.put(_Landed(one, events, details))
+        self.writer.put(Landed(one, events, details))
         self._put += 1
         if self._put % 200 == 0:
             self.flush()
@@ -302,7 +246,7 @@ while True:
 
 def kill_in_mid_write(directory: Path, *, after: int = 400, **who) -> None:
     """A rank in a process of its own that writes as fast as it can, until SIGKILL."""
-    paths = [str(Path(__file__).parent), str(ROOT)]
+    paths = [str(Path(__file__).parent), str(ROOT / "tests" / "agent"), str(ROOT)]
     code = _PROCESS.format(paths=paths, directory=str(directory), who=who, ready=after)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)

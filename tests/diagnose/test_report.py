@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from browsing import DESKTOP, PAINT, PHONE
 from journals import (
     PARAMETERS,
     WritingRank,
@@ -26,37 +27,16 @@ from journals import (
     troubled,
     write_run,
 )
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from gradmon.diagnose import markup, report
 from gradmon.diagnose.advice import advise
 from gradmon.diagnose.story import read_story
 
 ARTIFACTS = Path(__file__).resolve().parents[1] / "artifacts"
-DESKTOP, PHONE = (1440, 1000), (375, 812)
-SWITCHES = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking")
 MIB = 1 << 20
 #: What the browser says of a test that looks at its canvases more than once.
 READING = "Canvas2D: Multiple readback"
-
-#: Coloured pixels on each chart's canvas: an empty chart has a handful, from its grid and words.
-PAINT = """() => [...document.querySelectorAll('.uplot canvas')].map((canvas) => {
-  const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
-  let painted = 0;
-  for (let i = 0; i < data.length; i += 4) {
-    const [r, g, b, a] = data.slice(i, i + 4);
-    if (a > 200 && Math.max(r, g, b) - Math.min(r, g, b) > 60) painted += 1;
-  }
-  return painted;
-})"""
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(SWITCHES))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

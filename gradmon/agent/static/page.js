@@ -47,8 +47,6 @@ const state = {
 // ---------------------------------------------------------------- small helpers
 
 const byId = (id) => document.getElementById(id);
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const finite = (v) => v !== null && v !== undefined && Number.isFinite(v);
 
 function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
@@ -64,34 +62,6 @@ function text(node, value) {
   if (node.textContent !== value) node.textContent = value;
 }
 
-/** Three significant digits; very large and small ones as 1.2e5. */
-function number(v) {
-  if (!finite(v)) return "–";
-  const size = Math.abs(v);
-  if (size !== 0 && (size >= 1e5 || size < 1e-3)) return v.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
-  return String(Number(v.toPrecision(3)));
-}
-
-const whole = (v) => (finite(v) ? Math.round(v).toLocaleString("en-US") : "–");
-
-function bytes(v) {
-  if (!finite(v)) return "–";
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  let i = 0;
-  while (v >= 1024 && i < units.length - 1) {
-    v /= 1024;
-    i += 1;
-  }
-  return `${v >= 1000 ? Math.round(v) : Number(v.toPrecision(3))} ${units[i]}`;
-}
-
-function seconds(v) {
-  if (!finite(v)) return "–";
-  if (v < 0.9995) return `${number(v * 1000)} ms`;
-  if (v < 120) return `${number(v)} s`;
-  if (v < 7200) return `${Math.round(v / 60)} min`;
-  return v < 172800 ? `${Math.round(v / 3600)} h` : `${Math.round(v / 86400)} days`;
-}
 
 /** Ages jump around below a second; nobody needs to see that. */
 const age = (v) => (finite(v) ? (v < 1.5 ? "now" : seconds(Math.round(v))) : "–");
@@ -255,29 +225,6 @@ function dataOf(spec, ranks) {
   return spec.field ? rankData(spec.field, ranks, spec.log) : spec.data();
 }
 
-/** 1, 2 and 5 times powers of ten; the powers alone when there are many. */
-function logSplits(_u, _axis, min, max) {
-  const decades = Math.log10(max / min);
-  const steps = decades > 3.2 ? [1] : decades > 1.6 ? [1, 3] : decades > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 7];
-  const every = Math.max(1, Math.ceil(decades / 8));
-  const out = [];
-  for (let e = Math.floor(Math.log10(min)); e <= Math.ceil(Math.log10(max)); e += 1) {
-    if (e % every) continue;
-    for (const m of steps) {
-      const v = Number(`${m}e${e}`);
-      if (v >= min && v <= max) out.push(v);
-    }
-  }
-  return out;
-}
-
-/** Top of what the values usually are: one broken batch's loss would flatten a whole run into a line at the bottom. */
-function usualTop(u) {
-  const values = u.data.slice(1).flat().filter(finite).sort((a, b) => a - b);
-  const at = (share) => values[Math.min(values.length - 1, Math.floor(share * values.length))];
-  return at(0.98) + 1.5 * (at(0.98) - at(0.02));
-}
-
 function yRange(spec) {
   return (u, min, max) => {
     if (!finite(min) || !finite(max)) return spec.log ? [0.1, 10] : spec.range ? spec.range(0, 1) : [0, 1];
@@ -299,7 +246,7 @@ function axes(spec) {
   const common = { stroke: css("--dim"), grid: { stroke: css("--grid"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
   const y = { ...common, size: spec.binary ? 66 : 52, gap: 6, values: (_u, splits) => splits.map((v) => spec.format(v)) };
   if (spec.log) Object.assign(y, { splits: logSplits, filter: (_u, splits) => splits });
-  if (spec.binary) y.incrs = Array.from({ length: 40 }, (_, i) => [2 ** i, 2.5 * 2 ** i]).flat().sort((a, b) => a - b);
+  if (spec.binary) y.incrs = BINARY_STEPS;
   const x = { ...common, size: 30, gap: 4, space: 64, values: (_u, splits) => splits.map((v) => (Number.isInteger(v) ? whole(v) : "")) };
   return [x, y];
 }
@@ -316,15 +263,6 @@ function seriesOf(line) {
     points: { show: false },
     spanGaps: false,
   };
-}
-
-function shade(u, color) {
-  const { top, height } = u.bbox;
-  if (!Number.isFinite(top) || !height) return "transparent";
-  const gradient = u.ctx.createLinearGradient(0, top, 0, top + height);
-  gradient.addColorStop(0, `${color}2e`);
-  gradient.addColorStop(1, `${color}05`);
-  return gradient;
 }
 
 function buildChart(spec, ranks) {
@@ -408,13 +346,6 @@ function svgNode(tag, attributes) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   return node;
-}
-
-/** Outline of a kind's shape around (x, y), as a Path2D and as the `d` of an SVG path. */
-function outline(shape, x, y, r) {
-  if (shape === "cross") return `M${x - r} ${y - r}L${x + r} ${y + r}M${x - r} ${y + r}L${x + r} ${y - r}`;
-  if (shape === "triangle") return `M${x} ${y - r}L${x + r} ${y + r * 0.85}L${x - r} ${y + r * 0.85}Z`;
-  return `M${x - r * 0.85} ${y - r * 0.85}h${r * 1.7}v${r * 1.7}h${-r * 1.7}Z`;
 }
 
 function mark(kind) {

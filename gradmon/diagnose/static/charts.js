@@ -30,9 +30,6 @@ let zoom = null; // [first step, last step] or null for all
 // ---------------------------------------------------------------- small helpers
 
 const byId = (id) => document.getElementById(id);
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const finite = (v) => v !== null && v !== undefined && Number.isFinite(v);
-const whole = (v) => Math.round(v).toLocaleString("en-US");
 
 function el(tag, className, ...children) {
   const node = document.createElement(tag);
@@ -41,55 +38,9 @@ function el(tag, className, ...children) {
   return node;
 }
 
-function number(v) {
-  if (!finite(v)) return "–";
-  const size = Math.abs(v);
-  if (size !== 0 && (size >= 1e5 || size < 1e-3)) return v.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
-  return String(Number(v.toPrecision(3)));
-}
-
-function bytes(v) {
-  if (!finite(v)) return "–";
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  let i = 0;
-  while (v >= 1024 && i < units.length - 1) {
-    v /= 1024;
-    i += 1;
-  }
-  return `${v >= 1000 ? Math.round(v) : Number(v.toPrecision(3))} ${units[i]}`;
-}
-
-function seconds(v) {
-  if (!finite(v)) return "–";
-  return v < 0.9995 ? `${number(v * 1000)} ms` : `${number(v)} s`;
-}
-
 const FORMATS = { number, bytes, seconds };
 
 // ---------------------------------------------------------------- axes
-
-/** 1, 2 and 5 times powers of ten; the powers alone when there are many. */
-function logSplits(_u, _axis, min, max) {
-  const decades = Math.log10(max / min);
-  const steps = decades > 3.2 ? [1] : decades > 1.6 ? [1, 3] : decades > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 7];
-  const every = Math.max(1, Math.ceil(decades / 8));
-  const out = [];
-  for (let e = Math.floor(Math.log10(min)); e <= Math.ceil(Math.log10(max)); e += 1) {
-    if (e % every) continue;
-    for (const m of steps) {
-      const v = Number(`${m}e${e}`);
-      if (v >= min && v <= max) out.push(v);
-    }
-  }
-  return out;
-}
-
-/** Top of what the values usually are: one broken batch would flatten a whole run into a line at the bottom. */
-function usualTop(u) {
-  const values = u.data.slice(1).flat().filter(finite).sort((a, b) => a - b);
-  const at = (share) => values[Math.min(values.length - 1, Math.floor(share * values.length))];
-  return at(0.98) + 1.5 * (at(0.98) - at(0.02));
-}
 
 function yRange(chart) {
   return (u, min, max) => {
@@ -116,7 +67,7 @@ function axes(chart) {
   const wide = chart.format === "number" ? 52 : 66;
   const y = { ...common, size: wide, gap: 6, values: (_u, splits) => splits.map((v) => format(v)) };
   if (chart.log) Object.assign(y, { splits: logSplits, filter: (_u, splits) => splits });
-  if (chart.format === "bytes") y.incrs = Array.from({ length: 50 }, (_, i) => [2 ** i, 2.5 * 2 ** i]).flat().sort((a, b) => a - b);
+  if (chart.format === "bytes") y.incrs = BINARY_STEPS;
   const x = { ...common, size: 30, gap: 4, space: 64, values: (_u, splits) => splits.map((v) => (Number.isInteger(v) ? whole(v) : "")) };
   return [x, y];
 }
@@ -143,15 +94,6 @@ function seriesOf(line) {
     points: { show: (u, i) => u.data[0].length < 40 && u.data[i].some(finite), size: 4, fill: color },
     spanGaps: false,
   };
-}
-
-function shade(u, color) {
-  const { top, height } = u.bbox;
-  if (!Number.isFinite(top) || !height) return "transparent";
-  const gradient = u.ctx.createLinearGradient(0, top, 0, top + height);
-  gradient.addColorStop(0, `${color}2e`);
-  gradient.addColorStop(1, `${color}05`);
-  return gradient;
 }
 
 function build(chart) {
@@ -317,15 +259,6 @@ function drawHeads(ctx, heads, y, ratio) {
     if (shape !== "cross") ctx.fill(path);
     ctx.stroke(path);
   }
-}
-
-/** Outline of a shape around (x, y), for a Path2D and for the `d` of an SVG path. */
-function outline(shape, x, y, r) {
-  if (shape === "cross") return `M${x - r} ${y - r}L${x + r} ${y + r}M${x - r} ${y + r}L${x + r} ${y - r}`;
-  if (shape === "triangle") return `M${x} ${y - r}L${x + r} ${y + r * 0.85}L${x - r} ${y + r * 0.85}Z`;
-  if (shape === "flag") return `M${x - r * 0.7} ${y - r}L${x + r} ${y}L${x - r * 0.7} ${y + r}Z`;
-  if (shape === "dot") return `M${x - r * 0.8} ${y}a${r * 0.8} ${r * 0.8} 0 1 0 ${r * 1.6} 0a${r * 0.8} ${r * 0.8} 0 1 0 ${-r * 1.6} 0Z`;
-  return `M${x - r * 0.85} ${y - r * 0.85}h${r * 1.7}v${r * 1.7}h${-r * 1.7}Z`;
 }
 
 function svg(width, height, tag, attributes, stroke, fill) {
