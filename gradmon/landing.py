@@ -344,71 +344,88 @@ class LandingStep:
         return record if seen is None else dataclasses.replace(record, **seen.sums(record))
 
 
-def land(
-    step: StepInProgress,
-    *,
-    step_seconds: float | None,
-    busy: Busy | None,
-    data_wait_seconds: float | None,
-    rank: int,
-    world_size: int,
-    names: list[str],
-    comparable: bool,
-    noise: NoiseScale,
-    updates: tuple[Tensor, Tensor] | None,
-    moments_PM: Tensor | None,
-    judge_weights: JudgeWeights | None,
-    with_details: bool,
-) -> LandingStep:
-    """Send a finished step on its way to the host.
+class Lander:
+    """Sends one rank's finished steps on their way to the host.
 
     Args:
-        step: finished now.
-        step_seconds: since the end of the step before, without pauses.
-        busy: until this rank's gradients were ready, if known.
-        data_wait_seconds: waited for a DataLoader, if there is one.
         rank: this one's.
         world_size: number of ranks.
         names: of the watched parameters.
         comparable: see `StepContext`.
-        updates: from `UpdateSample.ratios`, in steps in which it was due.
-        moments_PM: from `MomentSample.norms`, likewise.
-        judge_weights: is given both and the details, where it is this rank that judges; on the journal's thread.
-        with_details: whether to take statistics per parameter along.
-        noise: takes in a step whose rows are samples of one noise: of all ranks, of one backward each.
+        judge_weights: is given what is known of each parameter, where it is this rank that judges; on the journal's
+            thread.
     """
-    measured = step.measured
-    context = StepContext(
-        step=step.number,
-        wall_seconds=time.time(),
-        step_seconds=step_seconds,
-        busy=busy,
-        data_wait_seconds=data_wait_seconds,
-        limits=step.limits,
-        judged=step.judged,
-        synced=measured.synced,
-        applied=step.acting,
-        learning_rate=None if isinstance(step.rate, Tensor) else step.rate,
-        learning_rate_scale=step.scale,
-        rank=rank,
-        names=names,
-        elements=measured.elements,
-        all_rows=measured.shared or world_size == 1,
-        comparable=comparable,
-        backwards=measured.backwards,
-        scaled=step.loss_scale is not None,
-        left_out=step.left_out,
-        leaves_out=measured.leaves_out,
-        rolled_back=step.rolled_back,
-        detail_due=step.detail_due,
-        judge_weights=judge_weights,
-        noise=noise if measured.synced_backwards == 1 and measured.shared else None,
-    )
-    details = _details_of(measured) if with_details else []
-    ratios_P, ratio = (None, None) if updates is None else updates
-    vector = HostCopy(pack(step, ratio))
-    ratios, moments = (None if values is None else HostCopy(values) for values in (ratios_P, moments_PM))
-    return LandingStep(vector, context, details, ratios, moments)
+
+    def __init__(
+        self, *, rank: int, world_size: int, names: list[str], comparable: bool, judge_weights: JudgeWeights | None
+    ) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._names = names
+        self._comparable = comparable
+        self._judge_weights = judge_weights
+        self._noise = NoiseScale()
+
+    def land(
+        self,
+        step: StepInProgress,
+        *,
+        step_seconds: float | None,
+        busy: Busy | None,
+        data_wait_seconds: float | None,
+        updates: tuple[Tensor, Tensor] | None,
+        moments_PM: Tensor | None,
+        with_details: bool,
+    ) -> LandingStep:
+        """Send one; nothing is waited for.
+
+        Args:
+            step: finished now.
+            step_seconds: since the end of the step before, without pauses.
+            busy: until this rank's gradients were ready, if known.
+            data_wait_seconds: waited for a DataLoader, if there is one.
+            updates: from `UpdateSample.ratios`, in steps in which it was due.
+            moments_PM: from `MomentSample.norms`, likewise.
+            with_details: whether to take statistics per parameter along.
+        """
+        context = self._context(step, step_seconds, busy, data_wait_seconds)
+        details = _details_of(step.measured) if with_details else []
+        ratios_P, ratio = (None, None) if updates is None else updates
+        vector = HostCopy(pack(step, ratio))
+        ratios, moments = (None if values is None else HostCopy(values) for values in (ratios_P, moments_PM))
+        return LandingStep(vector, context, details, ratios, moments)
+
+    def _context(
+        self, step: StepInProgress, step_seconds: float | None, busy: Busy | None, data_wait_seconds: float | None
+    ) -> StepContext:
+        measured = step.measured
+        return StepContext(
+            step=step.number,
+            wall_seconds=time.time(),
+            step_seconds=step_seconds,
+            busy=busy,
+            data_wait_seconds=data_wait_seconds,
+            limits=step.limits,
+            judged=step.judged,
+            synced=measured.synced,
+            applied=step.acting,
+            learning_rate=None if isinstance(step.rate, Tensor) else step.rate,
+            learning_rate_scale=step.scale,
+            rank=self._rank,
+            names=self._names,
+            elements=measured.elements,
+            all_rows=measured.shared or self._world_size == 1,
+            comparable=self._comparable,
+            backwards=measured.backwards,
+            scaled=step.loss_scale is not None,
+            left_out=step.left_out,
+            leaves_out=measured.leaves_out,
+            rolled_back=step.rolled_back,
+            detail_due=step.detail_due,
+            judge_weights=self._judge_weights,
+            # Rows that are samples of one noise: of all ranks, of one backward each.
+            noise=self._noise if measured.synced_backwards == 1 and measured.shared else None,
+        )
 
 
 def _details_of(measured: Measured) -> list[ParameterStatistics]:

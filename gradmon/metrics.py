@@ -567,36 +567,3 @@ METRICS: tuple[Metric, ...] = (
 )
 
 METRICS_BY_NAME: dict[str, Metric] = {m.name: m for m in METRICS}
-
-#: Names a sample of `resources.sample` may carry, and the metric each becomes.
-RESOURCE_METRICS: dict[str, str] = {
-    "healthy": "gradmon_healthy",
-    "last_healthy_step": "gradmon_last_healthy_step",
-    "validation_loss": "gradmon_validation_loss",
-    "early_stop": "gradmon_early_stop",
-    "first_moment_norm": "gradmon_first_moment_norm",
-    "second_moment_norm": "gradmon_second_moment_norm",
-    "class_imbalance_ratio": "gradmon_class_imbalance_ratio",
-    "token_share_ratio": "gradmon_token_share_ratio",
-    "paused": "gradmon_paused",
-    "snapshot_memory_bytes": "gradmon_snapshot_memory_bytes",
-    "resident_memory_bytes": "gradmon_process_resident_memory_bytes",
-    "cpu_seconds": "gradmon_process_cpu_seconds_total",
-    "threads": "gradmon_process_threads",
-    "open_fds": "gradmon_process_open_fds",
-    "read_bytes": "gradmon_process_read_bytes_total",
-    "written_bytes": "gradmon_process_written_bytes_total",
-    "host_memory_available_bytes": "gradmon_host_memory_available_bytes",
-    "host_memory_capacity_bytes": "gradmon_host_memory_capacity_bytes",
-    "host_swap_used_bytes": "gradmon_host_swap_used_bytes",
-    "host_load_average": "gradmon_host_load_average",
-    "host_cpus": "gradmon_host_cpus",
-    "gpu_memory_allocated_bytes": "gradmon_gpu_memory_allocated_bytes",
-    "gpu_memory_reserved_bytes": "gradmon_gpu_memory_reserved_bytes",
-    "gpu_memory_peak_allocated_bytes": "gradmon_gpu_memory_peak_allocated_bytes",
-    "gpu_memory_peak_reserved_bytes": "gradmon_gpu_memory_peak_reserved_bytes",
-    "gpu_memory_inactive_split_bytes": "gradmon_gpu_memory_inactive_split_bytes",
-    "gpu_memory_capacity_bytes": "gradmon_gpu_memory_capacity_bytes",
-    "gpu_allocator_retries": "gradmon_gpu_allocator_retries_total",
-    "gpu_allocator_ooms": "gradmon_gpu_allocator_ooms_total",
-}

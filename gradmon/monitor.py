@@ -31,10 +31,9 @@ from gradmon.exits import ExitWatch, TrainingStopped
 from gradmon.guard import Guard
 from gradmon.handshake import Agreement, AttachError
 from gradmon.health import Health, HealthFile
-from gradmon.landing import HostCopy, LandingStep, land
+from gradmon.landing import HostCopy, Lander, LandingStep
 from gradmon.losses import LossBook, plain_loss
 from gradmon.measuring import Measured, Measurer
-from gradmon.noise import NoiseScale
 from gradmon.plan import Plan, agree_on, begin_run, health_path, identity_of, make_plan, open_journal
 from gradmon.reporter import Reporter
 from gradmon.scaler import ScalerWatch
@@ -119,7 +118,7 @@ class Monitor:
             say=lambda message: self._say.once(message),
             failed=lambda error: self._failed("local", error),
         )
-        self._noise, self._pid = NoiseScale(), os.getpid()
+        self._pid = os.getpid()
         self._actions = {o: OptimizerActions(o) for o in self._watched.optimizers}
         self._handles: list[Any] = []
         self._stepped: list[Optimizer] = []
@@ -144,6 +143,13 @@ class Monitor:
         self._guard = Guard(self._config, self._watched, self._topology, self._say.once)
         self.health_path = self._health.path
         self._watches = Watches(plan, self._identity, self._reporter, self._clock, self._losses)
+        self._lander = Lander(
+            rank=self._identity.rank,
+            world_size=self._identity.world_size,
+            names=self._watched.names,
+            comparable=self._topology.whole_rows,
+            judge_weights=self._watches.judge_weights,
+        )
         self._journal = self._reporter.journal = open_journal(
             plan,
             self._identity,
@@ -504,19 +510,13 @@ class Monitor:
             if step.updates is not None:
                 updates, moments_PM = step.updates.ratios(), self._watches.moments()
         step_seconds, busy = self._clock.end_step(ready)
-        self._previous = land(
+        self._previous = self._lander.land(
             step,
             step_seconds=step_seconds,
             busy=busy,
             data_wait_seconds=self._watches.waited(),
-            rank=self._identity.rank,
-            world_size=self._identity.world_size,
-            names=self._watched.names,
-            comparable=self._topology.whole_rows,
-            noise=self._noise,
             updates=updates,
             moments_PM=moments_PM,
-            judge_weights=self._watches.judge_weights,
             with_details=self._journal is not None and not self._journal.behind,
         )
         with self._guarded("loss"):

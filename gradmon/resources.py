@@ -29,7 +29,7 @@ Entry = tuple[str, float]
 
 
 class Sampler:
-    """Call it for one sample: name (a key of `metrics.RESOURCE_METRICS`) -> value in the unit its name ends in.
+    """Call it for one sample: name (a key of `agent.exporter.SAMPLE_METRICS`) -> value in the unit its name ends in.
 
     A source that fails costs its own entries only. It is told to `on_error` once, and tried again each time.
     """

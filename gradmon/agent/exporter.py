@@ -23,7 +23,7 @@ from gradmon import __version__
 from gradmon.agent.gpus import Gpu
 from gradmon.agent.layer_gauges import LAYER_GAUGES
 from gradmon.agent.store import Rank, Run, Store
-from gradmon.metrics import METRICS, METRICS_BY_NAME, RESOURCE_METRICS
+from gradmon.metrics import METRICS, METRICS_BY_NAME
 
 logger = logging.getLogger("gradmon.agent")
 
@@ -57,6 +57,39 @@ RANK_GAUGES = {
     "gradmon_local_grad_norm": "local_grad_norm",
     "gradmon_loss": "loss",
     "gradmon_step_duration_seconds": "step_seconds",
+}
+
+#: Names that a sample of the rank may carry (`resources`, `JournalWriter.keep`), and the metric each becomes.
+SAMPLE_METRICS: dict[str, str] = {
+    "healthy": "gradmon_healthy",
+    "last_healthy_step": "gradmon_last_healthy_step",
+    "validation_loss": "gradmon_validation_loss",
+    "early_stop": "gradmon_early_stop",
+    "first_moment_norm": "gradmon_first_moment_norm",
+    "second_moment_norm": "gradmon_second_moment_norm",
+    "class_imbalance_ratio": "gradmon_class_imbalance_ratio",
+    "token_share_ratio": "gradmon_token_share_ratio",
+    "paused": "gradmon_paused",
+    "snapshot_memory_bytes": "gradmon_snapshot_memory_bytes",
+    "resident_memory_bytes": "gradmon_process_resident_memory_bytes",
+    "cpu_seconds": "gradmon_process_cpu_seconds_total",
+    "threads": "gradmon_process_threads",
+    "open_fds": "gradmon_process_open_fds",
+    "read_bytes": "gradmon_process_read_bytes_total",
+    "written_bytes": "gradmon_process_written_bytes_total",
+    "host_memory_available_bytes": "gradmon_host_memory_available_bytes",
+    "host_memory_capacity_bytes": "gradmon_host_memory_capacity_bytes",
+    "host_swap_used_bytes": "gradmon_host_swap_used_bytes",
+    "host_load_average": "gradmon_host_load_average",
+    "host_cpus": "gradmon_host_cpus",
+    "gpu_memory_allocated_bytes": "gradmon_gpu_memory_allocated_bytes",
+    "gpu_memory_reserved_bytes": "gradmon_gpu_memory_reserved_bytes",
+    "gpu_memory_peak_allocated_bytes": "gradmon_gpu_memory_peak_allocated_bytes",
+    "gpu_memory_peak_reserved_bytes": "gradmon_gpu_memory_peak_reserved_bytes",
+    "gpu_memory_inactive_split_bytes": "gradmon_gpu_memory_inactive_split_bytes",
+    "gpu_memory_capacity_bytes": "gradmon_gpu_memory_capacity_bytes",
+    "gpu_allocator_retries": "gradmon_gpu_allocator_retries_total",
+    "gpu_allocator_ooms": "gradmon_gpu_allocator_ooms_total",
 }
 
 #: One sample: a metric's name, its labels in the order METRICS lists them, the value.
@@ -268,7 +301,7 @@ def _host_samples(runs: list[Run]) -> Iterator[Sample]:
 def _resources(rank: Rank, labels: tuple[str, ...]) -> Iterator[tuple[str, float]]:
     """What the rank's newest sample says for metrics with these labels."""
     for key, value in rank.view.samples.items():
-        name = RESOURCE_METRICS.get(key)
+        name = SAMPLE_METRICS.get(key)
         if name is not None and METRICS_BY_NAME[name].labels == labels and math.isfinite(value):
             yield name, value
 

@@ -152,7 +152,7 @@ def _report(result: dict[str, object], options: DemoOptions) -> None:
     print(event_table(events) if events else "Nothing happened: no step was touched.")
     loss = float(str(result["validation_loss"]))
     print(f"\nValidation loss: {loss:.3f}" + ("" if math.isfinite(loss) else "   <- the weights are NaN"))
-    print(f"What happened, with charts and advice: gradmon report {Path(str(result['journal'])).parent}")
+    print(f"What happened, with charts and advice: gradmon report {Path(str(result['journal'])).parent.parent}")
     if options.guard:
         return
     if not math.isfinite(loss) or loss > float(str(result["first_loss"])) - 1.0:

@@ -29,7 +29,7 @@ ENTRY_POINTS = (
     ("gradmon.actions", "OptimizerActions", "before", "carry the verdict out"),
     ("gradmon.monitor", "Monitor", "_after_step", "after the step: the rest"),
     ("gradmon.actions", "OptimizerActions", "after", "put back what was changed"),
-    ("gradmon.landing", None, "land", "describe the step"),
+    ("gradmon.landing", "Lander", "land", "describe the step"),
     ("gradmon.landing", None, "pack", "pack the step's numbers"),
     ("gradmon.updates", "UpdateSample", "__init__", "sample of the updates"),
     ("gradmon.updates", "UpdateSample", "ratios", "sample of the updates"),

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "agent"))
 
 from fake_journals import AgentProcess, FakeRank, _Landed, detail, identity, record, row, until
 
-from gradmon.metrics import RESOURCE_METRICS
+from gradmon.agent.exporter import SAMPLE_METRICS
 
 RANKS = 8
 GOAL_MS = 50.0
@@ -33,7 +33,7 @@ LAYERS = 264
 #: As Prometheus 2.42 asks.
 ACCEPT = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;q=0.5"
 #: All that `resources` tells on a GPU.
-SAMPLE = {name: 123456789.0 for name in RESOURCE_METRICS if name not in ("healthy", "paused", "validation_loss")}
+SAMPLE = {name: 123456789.0 for name in SAMPLE_METRICS if name not in ("healthy", "paused", "validation_loss")}
 
 
 def main() -> None:

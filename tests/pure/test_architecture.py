@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import gradmon
-from gradmon.metrics import METRICS, RESOURCE_METRICS
+from gradmon.agent.exporter import SAMPLE_METRICS
+from gradmon.metrics import METRICS
 from gradmon.record import STEP_FIELDS
 
 ROOT = Path(gradmon.__file__).parent
@@ -130,5 +131,5 @@ def test_metrics_are_named_by_the_rules() -> None:
         assert metric.unit not in ("seconds", "bytes", "ratio") or metric.unit in metric.name, metric.name
         assert not {"job", "instance", "node", "cluster"} & set(metric.labels), "Prometheus renames those"
     assert len({m.name for m in METRICS}) == len(METRICS)
-    assert set(RESOURCE_METRICS.values()) <= {m.name for m in METRICS}
+    assert set(SAMPLE_METRICS.values()) <= {m.name for m in METRICS}
     assert len(set(STEP_FIELDS)) == len(STEP_FIELDS)

@@ -18,8 +18,8 @@ import toy
 
 import gradmon
 from gradmon import plan
+from gradmon.agent.exporter import SAMPLE_METRICS
 from gradmon.journal import JournalWriter, read_journal
-from gradmon.metrics import RESOURCE_METRICS
 from gradmon.record import RankIdentity
 from gradmon.resources import Sampler
 
@@ -69,7 +69,7 @@ def of_gpu(sample: dict[str, float]) -> dict[str, float]:
 def test_this_process_and_this_host():
     sampler = Sampler(CPU)
     first = sampler()
-    assert set(first) <= set(RESOURCE_METRICS)
+    assert set(first) <= set(SAMPLE_METRICS)
     assert all(type(value) is float for value in first.values())
     assert first["resident_memory_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
     assert first["host_memory_available_bytes"] < first["host_memory_capacity_bytes"]
