@@ -7,6 +7,7 @@ the magnitude jumps.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -171,8 +172,11 @@ def _recurrence(root: Operation) -> str:
 
 
 def _of_operation(root: Operation) -> Finding:
-    told = root.holds.told() or "values that are not finite"
-    if root.meant:
+    told, cure = root.holds.told() or "values that are not finite", _cure(root)
+    if root.given_nan:
+        message = f"{root.name} was given a number that is NaN"
+        cure = "look where that number comes from: a weight of the sample or the loss, a schedule, a missing value"
+    elif root.meant:
         message = f"{root.name} puts {told} there on purpose, and it reached the end"
     elif root.fed_by is not None:
         message = f"{root.name} made {told} out of -Inf"
@@ -186,7 +190,7 @@ def _of_operation(root: Operation) -> Finding:
         measured=float(root.holds.nan_count + root.holds.inf_count),
         threshold=0.0,
         source=_ARITHMETIC,
-        cure=_cure(root),
+        cure=cure,
         severity="error",
     )
 
@@ -214,10 +218,16 @@ def _of_given(root: Given | None) -> Finding:
     return Finding(rule, root.name, told, count, 0.0, _ARITHMETIC, cure, "error")
 
 
-def blame_jump(ends: list[tuple[str, Seen]], suspect: str | None, inputs: list[tuple[Given, Tensor]]) -> Blame | None:
+def blame_jump(
+    operations: list[Operation],
+    ends: list[tuple[str, Seen]],
+    suspect: str | None,
+    inputs: list[tuple[Given, Tensor]],
+) -> Blame | None:
     """For gradients that are too large.
 
     Args:
+        operations: all of the step.
         ends: name and gradient of each parameter.
         suspect: the parameter that the alarm named.
         inputs: the batch.
@@ -229,12 +239,15 @@ def blame_jump(ends: list[tuple[str, Seen]], suspect: str | None, inputs: list[t
         return None
     end, seen = next(((n, s) for n, s in ends if n == suspect), max(ends, key=lambda e: e[1].holds.magnitude))
     path, leaf = path_of(seen)
+    scaled = _loss_factor(operations)
     steps = [f"it reached the gradient of {end} ({seen.holds.magnitude:.3g})"]
     if isinstance(leaf, Given) and leaf.kind == "input":
         tensor = next((t for given, t in inputs if given is leaf), None)
         outlier = None if tensor is None else _outlier(leaf, tensor)
         if outlier is not None:
             return Blame(outlier, None, steps, end)
+    if scaled is not None:
+        return Blame(_of_loss_factor(scaled), scaled, steps, end)
     # The last one sums up a parameter's gradient over the batch: it grows by nature.
     jumping = [op for op in path[:-1] if jumps(op)]
     if jumping:
@@ -245,6 +258,8 @@ def blame_jump(ends: list[tuple[str, Seen]], suspect: str | None, inputs: list[t
     largest = max(grown, key=lambda op: op.growth)
     first = path[0].largest_input if path[0].largest_input > 0 else path[0].holds.magnitude
     factor = seen.holds.magnitude / first if first > 0 else math.nan
+    if not factor >= JUMP:
+        return Blame(_of_all(seen.holds.magnitude, factor), None, steps, end)
     modules = list(dict.fromkeys(op.module for op in grown if op.module))
     through = f", through {', '.join(modules[:4])}{' ...' if len(modules) > 4 else ''}" if modules else ""
     finding = Finding(
@@ -259,6 +274,38 @@ def blame_jump(ends: list[tuple[str, Seen]], suspect: str | None, inputs: list[t
         severity="error",
     )
     return Blame(finding, largest, steps, end)
+
+
+def _loss_factor(operations: list[Operation]) -> Operation | None:
+    """What makes the loss's own gradient, which begins as 1, large before it has come to anything else."""
+    for operation in operations:
+        if operation.backward and operation.elements > 1:
+            return None
+        if operation.backward and jumps(operation):
+            return operation
+    return None
+
+
+def _of_loss_factor(operation: Operation) -> Finding:
+    return dataclasses.replace(
+        _of_jump(operation),
+        message=f"the loss is multiplied by {operation.growth:.3g} before anything else: {operation.name}",
+        cure="look at the weight on the loss: another unit, a sum in place of a mean, a scale that is not divided out",
+    )
+
+
+def _of_all(magnitude: float, factor: float) -> Finding:
+    return Finding(
+        rule="large_throughout",
+        where="",
+        message=f"no operation stands out: the largest gradient, {magnitude:.3g}, is {factor:.3g} times its source",
+        measured=factor,
+        threshold=JUMP,
+        source="ratio of largest absolute values",
+        cure="look at the steps before: weights that a learning rate has moved too far make all gradients large; lower "
+        "it, or warm it up for longer",
+        severity="error",
+    )
 
 
 def _of_jump(operation: Operation) -> Finding:

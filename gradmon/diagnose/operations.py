@@ -172,6 +172,10 @@ class Operation:
     """Which made a NaN out of the root's Inf; None where there is no NaN."""
     meant: bool = False
     """True if it writes an Inf because it was told to."""
+    given_nan: bool = False
+    """True if one of the numbers it was called with is NaN."""
+    elements: int = 0
+    """Of its outputs."""
     masks: tuple[Operation, ...] = field(default=(), repr=False)
     """All that wrote an Inf into its inputs, or into itself, because they were told to; the first one's first."""
 
@@ -323,6 +327,7 @@ class OperationWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operation.grew_from = largest.origin
         operation.largest_input = max(sizes, default=math.nan)
         _explain(operation, _together([c for _, c in measured]), inputs, numbers)
+        operation.elements = sum(tensor.numel() for tensor, _ in measured)
         self.operations.append(operation)
         for tensor, holds in measured:
             fresh = func._schema.is_mutable or _storage(tensor) not in storages
@@ -387,7 +392,8 @@ def _explain(operation: Operation, holds: Contents, inputs: list[Seen], numbers:
     if not holds.bad:
         return
     bad = [seen for seen in inputs if seen.holds.bad]
-    told_to = any(not math.isfinite(n) for n in numbers)
+    told_to = any(math.isinf(n) for n in numbers)
+    operation.given_nan = any(math.isnan(n) for n in numbers)
     masks = [mask for seen in bad if isinstance(seen.origin, Operation) for mask in seen.origin.masks]
     operation.masks = tuple(dict.fromkeys([*masks, *([operation] if told_to else [])]))
     # A NaN tells more than an Inf, a mistake more than a mask, the first more than what came of it.

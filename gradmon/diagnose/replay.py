@@ -36,6 +36,8 @@ from gradmon.diagnose.operations import Contents, Given, Operation, OperationWat
 from gradmon.diagnose.usage import MODULE_FACTORY
 from gradmon.diagnose.weights import load_weights, plain_name, put_weights
 
+#: Says nothing of a spike if the weights are not the step's.
+_OF_WEIGHTS = frozenset({"growth", "large_throughout"})
 Verdict = Literal["reproduced", "not reproduced", "unclear"]
 #: A spike is reproduced if the replay's norm reaches this share of the one recorded.
 _SAME = 0.5
@@ -170,7 +172,7 @@ def replay(
         )
     notes += _far_too_large(model)
     answer = _answer(bundle, run, model, list(dict.fromkeys(notes)), weights_known=weights_known)
-    if answer.verdict == "unclear":
+    if answer.verdict == "unclear" and not run.has_loss:
         answer.why += f"; {where_the_loss_is(run.forward, command, bundle.notes)}"
     return answer
 
@@ -183,7 +185,10 @@ def _answer(bundle: Bundle, run: _Run, model: nn.Module, notes: list[str], *, we
         blame = dataclasses.replace(blame, finding=dataclasses.replace(blame.finding, message=message))
     verdict, why = _verdict(bundle, run, blame, weights_known=weights_known)
     if blame is None and bundle.record.reason == "spike" and verdict == "reproduced":
-        blame = blame_jump(gradients, bundle.record.parameter, run.inputs)
+        blame = blame_jump(run.operations, gradients, bundle.record.parameter, run.inputs)
+        if not weights_known and (blame is None or blame.finding.rule in _OF_WEIGHTS):
+            blame = None
+            verdict, why = "unclear", f"{why}, but with the factory's weights, whose gradients are large anyway"
     named = bundle.record.parameter
     if blame is not None and named is not None:
         there = next((seen for name, seen in gradients if name == named), None)

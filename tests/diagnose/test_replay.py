@@ -31,6 +31,8 @@ from zoo_replay import (
     norm_of,
     record,
     square,
+    weighted,
+    weights_too_far,
 )
 
 from gradmon.diagnose import factory
@@ -275,7 +277,7 @@ def test_growth_is_traced_to_the_first_jump() -> None:
     watch = OperationWatch(model, [])
     loss = watch.call(model, torch.ones(4, 4))
     watch.call(loss.backward)
-    blame = blame_jump(watch.arrived, "second.weight", [])
+    blame = blame_jump(watch.operations, watch.arrived, "second.weight", [])
     assert blame is not None
     assert blame.culprit is not None
     assert blame.culprit.name == "div"
@@ -313,6 +315,22 @@ def incident_without_weights(folder: Path) -> Path:
     draft = capture.save(record(), identity=identity(), settings={}, journal=folder / "rank-00000.db")
     assert draft is not None
     return draft.write()
+
+
+def test_a_spike_without_its_weights_is_unclear(tmp_path: Path) -> None:
+    """A model as it is made has large gradients, whatever the step had; a sample that stands out is still named."""
+    bundle = load_bundle(weights_too_far(tmp_path, weighted()))
+    assert bundle.weights is not None
+    known = replay(bundle, weighted())
+    assert (known.verdict, known.blame and known.blame.finding.rule) == ("reproduced", "large_throughout")
+    bundle.weights = None
+    fresh = weighted()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.mul_(30)
+    answer = replay(bundle, fresh)
+    assert (answer.verdict, answer.blame) == ("unclear", None)
+    assert "factory's weights" in answer.why
 
 
 def test_a_model_that_writes_in_place_is_told_where(tmp_path: Path) -> None:

@@ -263,6 +263,48 @@ def linear() -> nn.Linear:
     return nn.Linear(6, 2)
 
 
+class Weighted(nn.Module):
+    """Weighs the loss of a batch with a number that comes with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+
+    def forward(self, x: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+        return F.mse_loss(self.body(x), target) * weight
+
+
+def weighted() -> nn.Module:
+    return Weighted()
+
+
+def _usual(model: nn.Module, x: Tensor, target: Tensor) -> float:
+    model(x, target).backward()
+    norm = norm_of(model)
+    model.zero_grad()
+    return norm
+
+
+def wrong_unit(folder: Path, model: nn.Module) -> Path:
+    x, target = torch.randn(8, 6), torch.randn(8, 2)
+    return incident(folder, model, lambda m: m(x, target, weight=1000.0), _usual(model, x, target))
+
+
+def nan_number(folder: Path, model: nn.Module) -> Path:
+    x, target = torch.randn(8, 6), torch.randn(8, 2)
+    return incident(folder, model, lambda m: m(x, target, weight=math.nan))
+
+
+def weights_too_far(folder: Path, model: nn.Module) -> Path:
+    x, target = torch.randn(8, 6), torch.randn(8, 2)
+    usual = _usual(model, x, target)
+    optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
+    model(x, target).backward()
+    optimizer.step()
+    model.zero_grad()
+    return incident(folder, model, lambda m: m(x, target), usual)
+
+
 class Decoder(nn.Module):
     """A mask of one number per image, blown up by 32: its gradient is the sum over 1024 pixels."""
 
@@ -450,6 +492,30 @@ BROKEN: tuple[Broken, ...] = tuple(
             linear,
             outlier,
             square,
+        ),
+        (
+            "wrong_unit",
+            "a weight of 1,000 on a batch's loss",
+            ("first: the loss is multiplied by 1e+03 before anything else",),
+            weighted,
+            wrong_unit,
+            None,
+        ),
+        (
+            "nan_number",
+            "a weight on the loss that is NaN",
+            ("first: mul was given a number that is NaN",),
+            weighted,
+            nan_number,
+            None,
+        ),
+        (
+            "weights_too_far",
+            "weights that one step at 30 times the learning rate has thrown",
+            ("first: no operation stands out", "lower it, or warm it up"),
+            weighted,
+            weights_too_far,
+            None,
         ),
         (
             "upsampling_gradient",
