@@ -222,9 +222,7 @@ class BatchWatch:
         return Loaded(tuple(self._loaded), in_step=pace is not None and pace.kept)
 
     def samples(self) -> dict[str, float]:
-        """Of the newest look that measured it, finite: `input_min`, `input_max`, `duplicate_share`, `class_ratio`,
-        `token_share`; and `nonfinite_samples`, all that were found so far.
-        """
+        """Of the newest look that measured it: `class_imbalance_ratio`, `token_share_ratio`."""
         return dict(self._samples)
 
     # --- which batch -----------------------------------------------------------------------------------------------
@@ -303,7 +301,6 @@ class BatchWatch:
         bad = looked_at(part.value).isfinite().logical_not_() if part.samples == 0 else None
         rows = [] if bad is not None else rows_of(part).isfinite().all(1).logical_not_().nonzero().flatten().tolist()
         count = int(bad.sum()) if bad is not None else len(rows)
-        self._count_nonfinite(max(1, len(rows)))
         if self._tell(source, "data_nonfinite", part.name, True):
             what = f"{count} elements" if bad is not None else _which(rows, indices)
             self._add(
@@ -321,7 +318,6 @@ class BatchWatch:
     ) -> None:
         """Against the ranges of earlier looks; `where` names the sample that holds a value."""
         low, high = extremes
-        self._samples |= {"input_min": low, "input_max": high}
         known = _known(source.ranges, name, lambda: deque(maxlen=_REMEMBERED))
         outside = self._outside(known, low, high)
         if self._tell(source, "data_range", name, outside is not None) and outside is not None:
@@ -403,7 +399,7 @@ class BatchWatch:
             return
         (most, most_times), *_ = counts.most_common(1)
         least, least_times = min(counts.items(), key=lambda item: item[1])
-        self._samples["class_ratio"] = most_times / least_times
+        self._samples["class_imbalance_ratio"] = most_times / least_times
         # As little as the ratio may be by chance, two standard errors of each count away.
         surely = (most_times - 2 * math.sqrt(most_times)) / (least_times + 2 * math.sqrt(least_times))
         alone = len(counts) == 1
@@ -437,7 +433,7 @@ class BatchWatch:
         shares = _known(source.shares, part.name, lambda: deque(maxlen=_ENOUGH))
         shares.append(newest)
         share = statistics.fmean(shares)
-        self._samples["token_share"] = share
+        self._samples["token_share_ratio"] = share
         much = len(shares) >= _ENOUGH // 2 and share > self._config.token_share
         if self._tell(source, "token_share", part.name, much):
             self._add(
@@ -468,7 +464,6 @@ class BatchWatch:
                 same_indices = share > self._config.duplicate_share
                 again = max(again, share)
         share = max(inside, again)
-        self._samples["duplicate_share"] = share
         if not self._tell(source, "data_duplicate", "", share > self._config.duplicate_share):
             return
         if again >= inside:
@@ -495,8 +490,6 @@ class BatchWatch:
     def _of_device(self, source: _Source, name: str, values: list[float]) -> None:
         """Of an input on a device, once its numbers have landed."""
         nonfinite, low, high = values
-        if nonfinite:
-            self._count_nonfinite(1)
         if self._tell(source, "data_nonfinite", name, nonfinite > 0 and self._config.nonfinite):
             message = f"NaN or Inf in {name}{_of(source)}: {nonfinite:.0f} elements"
             self._add("data_nonfinite", name, message, measured=nonfinite, severity="error")
@@ -508,9 +501,6 @@ class BatchWatch:
 
     def _add(self, rule: str, where: str, message: str, **more: Any) -> None:
         self._found.append(Finding(rule=rule, where=where, message=message, **more))
-
-    def _count_nonfinite(self, samples: int) -> None:
-        self._samples["nonfinite_samples"] = self._samples.get("nonfinite_samples", 0.0) + samples
 
 
 def _kept(batch: Any) -> Any:

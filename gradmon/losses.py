@@ -60,8 +60,6 @@ class LossBook:
         self._losses: list[Tensor] = []
         self._follows: bool | None = None
         """True if the script observes after its step, None until it has observed."""
-        self.late = False
-        """True if the newest loss came when this step's rows had been made: it travels with the next one's."""
         self._awaiting: LandingStep | None = None
 
     def add(self, loss: Tensor, *, stepped: bool, sent: bool) -> None:
@@ -69,7 +67,7 @@ class LossBook:
         self._observed.loss = loss
         if self._follows is None:
             self._follows = stepped
-        self.late = self._follows or sent
+        self._observed.late = self._follows or sent
         self._losses = [*self._losses[1 - MOST_LOSSES :], loss]
         if self._follows:
             self.flush()

@@ -239,6 +239,11 @@ class Measurer:
         return any(seen) or not seen
 
     @property
+    def backwards(self) -> int | None:
+        """Backwards of the step in progress so far; None where they are not counted."""
+        return None if self._backwards is None else self._backwards.count
+
+    @property
     def sent(self) -> bool:
         """True if this step's rows have gone out with the gradients, before the step."""
         return self._topology.hook is not None and self._topology.hook.shares and self._topology.hook.came

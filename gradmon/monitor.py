@@ -142,7 +142,7 @@ class Monitor:
         self._say.start()
         self._guard = Guard(self._config, self._watched, self._topology, self._say.once)
         self.health_path = self._health.path
-        self._watches = Watches(plan, self._identity, self._reporter, self._clock, self._losses)
+        self._watches = Watches(plan, self._identity, self._reporter, self._clock, self._measurer)
         self._lander = Lander(
             rank=self._identity.rank,
             world_size=self._identity.world_size,

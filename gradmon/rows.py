@@ -39,6 +39,8 @@ class Observed:
     validation_loss: Tensor | float | None = None
     validations: int = 0
     """Validation losses so far."""
+    late: bool = False
+    """True if the newest loss came when this step's rows had been made: it travels with the next one's."""
 
 
 _NOTHING = Observed()

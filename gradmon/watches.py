@@ -14,15 +14,12 @@ from gradmon.diagnose.bundle import Draft
 from gradmon.diagnose.capture import Capture
 from gradmon.guard import Guard
 from gradmon.landing import JudgeWeights, Peeked
-from gradmon.losses import LossBook
+from gradmon.measuring import Measurer
 from gradmon.plan import Plan
 from gradmon.record import Event, Finding, RankIdentity, StepRecord
 from gradmon.reporter import Reporter
 from gradmon.timing import DataWatch, StepClock
 from gradmon.weight_watch import MomentSample, WeightWatch
-
-#: Names of what `BatchWatch` measures -> names in a journal's samples.
-_SAMPLES = {"class_ratio": "class_imbalance_ratio", "token_share": "token_share_ratio"}
 
 
 class Watches:
@@ -33,21 +30,22 @@ class Watches:
         identity: who this rank is.
         reporter: is told what is found.
         clock: tells of pauses, in which batches are those of an evaluation.
-        losses: whether the script observes a loss before its step or after it.
+        measurer: knows of backwards and observed losses.
     """
 
     def __init__(
-        self, plan: Plan, identity: RankIdentity, reporter: Reporter, clock: StepClock, losses: LossBook
+        self, plan: Plan, identity: RankIdentity, reporter: Reporter, clock: StepClock, measurer: Measurer
     ) -> None:
         self._settings: Mapping[str, Any] = plan.config.to_dict()
         self._identity = identity
         self._reporter = reporter
-        self._losses = losses
+        self._measurer = measurer
         self._loads = False
         self._batches = BatchWatch(plan.config.data)
         self._waiting = DataWatch(clock, self._loaded)
         self._capture = Capture(plan.topology.model, plan.watched.device, plan.config.incident, reporter.guarded)
-        self._capture.indices = self._batches.loaded
+        self._capture.loaded = self._batches.loaded
+        self._capture.backwards = lambda: measurer.backwards
         self._capture.seen = self._forward
         settings = plan.config.weights
         self._parameters = parameters = plan.watched.parameters
@@ -79,8 +77,7 @@ class Watches:
 
     def samples(self) -> dict[str, float]:
         """For the metrics."""
-        batches = {_SAMPLES[name]: value for name, value in self._batches.samples().items() if name in _SAMPLES}
-        return batches | self._weights.samples()
+        return self._batches.samples() | self._weights.samples()
 
     def moments(self) -> Tensor | None:
         """[P, 2], see `MomentSample`; None where they are not measured. Nothing is read back."""
@@ -106,7 +103,7 @@ class Watches:
         for event in events:
             self._reporter.tell(event)
         with self._reporter.guarded("loss_watch"):
-            for event in guard.watch_losses(peeked, late=self._losses.late):
+            for event in guard.watch_losses(peeked, late=self._measurer.observed.late):
                 self._reporter.tell(event)
                 if event.kind in ("loss_nonfinite", "loss_spike"):
                     self._look_again(event.step)

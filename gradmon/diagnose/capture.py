@@ -51,7 +51,7 @@ class _Held:
     rng: dict[str, Any]
     autocast: torch.dtype | None
     stack: list[tuple[str, int, str]]
-    indices: Any
+    loaded: Loaded | None
     """The indices, or a `Loaded` that can tell them and has the loader's batch."""
     notes: list[str]
     versions: dict[int, int] = field(default_factory=dict)
@@ -82,9 +82,10 @@ class Capture:
 
     Attributes:
         why_nothing: a sentence if no batch can be captured of this model; else empty.
-        indices: gives the dataset indices of the newest batch, or a `Loaded`; None where the loader does not tell.
+        loaded: gives what the DataLoader gave lately.
         seen: is given the inputs of each forward call, by name.
-        backwards: gives how many backwards the step in progress has had; None: forwards are counted.
+        backwards: gives how many backwards the step in progress has had; where it is None or gives None, forwards are
+            counted.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class Capture:
         config: IncidentConfig,
         guarded: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self.indices: Callable[[], Any] | None = None
-        self.backwards: Callable[[], int] | None = None
+        self.loaded: Callable[[], Loaded] | None = None
+        self.backwards: Callable[[], int | None] | None = None
         self.seen: Callable[[Mapping[str, Any]], None] | None = None
         self.why_nothing = ""
         self._model = model
@@ -233,12 +234,14 @@ class Capture:
             versions[id(tensor)] = -1 if tensor.is_inference() else tensor._version
             return tensor
 
+        def keep(value: Any, where: str) -> Any:
+            return hold(value, where) if type(value) is Tensor else plain(value, where, notes, hold)
+
+        backwards = None if self.backwards is None else self.backwards()
         held = _Held(
-            micro_step=step.micro_steps if self.backwards is None else self.backwards() + 1,
-            args=tuple(plain(value, where, notes, hold) for where, value in inputs_of(args, {})),
-            kwargs={
-                name.removeprefix("input "): plain(value, name, notes, hold) for name, value in inputs_of((), kwargs)
-            },
+            micro_step=step.micro_steps if backwards is None else backwards + 1,
+            args=tuple([keep(value, f"input {i}") for i, value in enumerate(args)]),
+            kwargs={name: keep(value, f"input {name}") for name, value in kwargs.items()},
             rng={
                 "cpu": torch.default_generator.get_state(),
                 "device": None if self._device_rng is None else self._device_rng.get_state(),
@@ -246,7 +249,7 @@ class Capture:
             },
             autocast=_autocast(self._device.type),
             stack=list(_users_frames()),
-            indices=None if self.indices is None else self.indices(),
+            loaded=None if self.loaded is None else self.loaded(),
             notes=notes,
             versions=versions,
             requires_grad=requires_grad,
@@ -317,7 +320,12 @@ class Capture:
             for name, value in inputs_of((), held.kwargs)
         }
         gave = _loaded_for(held, copies)
-        indices = gave.indices if gave is not None else _indices(held, notes)
+        if gave is None and held.loaded is not None and held.loaded.batches:
+            notes.append(
+                "the samples' dataset indices are not known, and what the DataLoader gave is left out: the batch was"
+                " changed between loader and model, and a loader may be ahead of it"
+            )
+        indices = None if gave is None else gave.indices
         loaded, size = (None, 0) if gave is None else self._loaded(held, gave, copies, room, notes)
         forward = Forward(
             micro_step=held.micro_step,
@@ -436,21 +444,9 @@ def _kind(value: Tensor) -> str:
 
 def _loaded_for(held: _Held, copies: list[tuple[Tensor, Tensor]]) -> Gave | None:
     """The loader's batch that this forward was given, or a part of it; None where that is not known."""
-    if not isinstance(held.indices, Loaded):
+    if held.loaded is None:
         return None
-    return held.indices.batch_of([given for given, _ in copies], [host for _, host in copies])
-
-
-def _indices(held: _Held, notes: list[str]) -> Any:
-    """The dataset indices, where no batch of the loader's is known to be this forward's."""
-    if not isinstance(held.indices, Loaded):
-        return held.indices
-    if held.indices.batches:
-        notes.append(
-            "the samples' dataset indices are not known, and what the DataLoader gave is left out: the batch was"
-            " changed between loader and model, and a loader may be ahead of it"
-        )
-    return None
+    return held.loaded.batch_of([given for given, _ in copies], [host for _, host in copies])
 
 
 def _is_copy(tensor: Tensor, host: Tensor) -> bool:

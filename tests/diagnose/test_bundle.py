@@ -21,7 +21,9 @@ from zoo_replay import STEP, capture_of, identity, record
 
 from gradmon.diagnose import bundle as bundles
 from gradmon.diagnose.bundle import Bundle, BundleError, Draft, Fields, load_bundle, write_bundle
+from gradmon.inputs import mark_of_batch
 from gradmon.journal import JournalWriter
+from gradmon.loaded import Gave, Loaded
 from gradmon.record import DETAIL_COLUMNS, Detail, Event, StepRecord
 
 
@@ -162,7 +164,7 @@ def test_bad_samples_are_named(tmp_path: Path) -> None:
     ]
     model = Sink()
     capture = capture_of(model)
-    capture.indices = lambda: torch.tensor([90, 91, 92, 93, 94, 95, 96, 97])
+    capture.loaded = lambda: Loaded((Gave(tuple(range(90, 98)), mark_of_batch(x), x),))
     model(x)
     capture.step_ended(STEP)
     draft = capture.save(record(), identity=identity(), settings={}, journal=tmp_path / "rank-00000.db")

@@ -136,7 +136,7 @@ class Watched:
         self.batches = BatchWatch(DataConfig())
         self.batches.start()
         self.capture = capture_of(model, **settings)
-        self.capture.indices = self.batches.loaded
+        self.capture.loaded = self.batches.loaded
 
     def load(self, loader: Any) -> Iterator[Any]:
         iterator = iter(loader)

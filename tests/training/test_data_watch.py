@@ -203,7 +203,6 @@ def test_nan_names_input_and_sample(nest: Callable[[Tensor], Any], name: str) ->
     (finding,) = told(watch, nest(bad))
     assert (finding.rule, finding.where, finding.severity) == ("data_nonfinite", name, "error")
     assert f"{name}: sample 2 of the batch" in finding.message
-    assert watch.samples()["nonfinite_samples"] == 1
     again = torch.where(bad.isnan(), bad, rows(4, seed=2))
     assert told(watch, nest(again)) == [], "told once while it lasts"
 
@@ -391,7 +390,8 @@ def test_sources_are_told_apart(watch: BatchWatch) -> None:
         list(seen(watch, training))
         list(seen(watch, validation))
     assert watch.take() == []
-    assert watch.samples()["input_max"] > 1000
+    highest = [max(high for _, high in known) for s in watch._sources.values() for known in s.ranges.values()]
+    assert max(highest) > 1000 > 100 * min(highest), "both were looked at"
 
 
 # --- what it must not do ---------------------------------------------------------------------------------------------
@@ -528,7 +528,6 @@ def test_inputs_on_a_device_are_read_when_they_have_landed(monkeypatch: pytest.M
     found = watch.take()
     assert [(f.rule, f.where) for f in found] == [("data_range", "batch"), ("data_nonfinite", "batch")]
     assert "64 elements" in found[1].message
-    assert watch.samples()["nonfinite_samples"] == 1
     assert told(watch, torch.full((4, 4), math.nan))[0:] == [], "lasts"
 
 

@@ -235,3 +235,23 @@ def look(monitor: gradmon.Monitor) -> JournalView:
 @pytest.mark.parametrize("when", ["before backward", "after backward", "after step"])
 def test_a_loss_is_told_at_its_own_step(two_ranks: Ranks, tmp_path: Path, when: str) -> None:
     assert two_ranks.run(_observes, str(tmp_path), when) == [5, 5]
+
+
+def test_two_forwards_of_one_backward_are_one_micro_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a siamese or contrastive training calls its model: the bundle holds both, of the backward that broke."""
+    monkeypatch.setenv("GRADMON_DIR", str(tmp_path))
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradmon.attach(model, optimizer):
+        for step in range(1, 5):
+            optimizer.zero_grad()
+            for micro in (1, 2, 3):
+                left, right = torch.full((2, FEATURES), float(micro)), torch.full((2, FEATURES), 10.0 + micro)
+                if (step, micro) == (3, 2):
+                    right[0, 0] = math.nan
+                (model(left) - model(right)).square().mean().backward()
+            optimizer.step()
+    (bundle,) = tmp_path.rglob("*.bundle")
+    read = load_bundle(bundle)
+    assert (read.record.step, read.record.micro_step) == (3, 2)
+    assert [float(f.args[0][1, 0]) for f in read.forwards] == [2.0, 12.0]

@@ -247,6 +247,17 @@ def test_what_another_thread_loads_is_not_piled_up(attached: Any) -> None:
     assert 0 < max(held) <= 3
 
 
+def test_of_workers_no_more_is_noted_than_they_have_been_sent() -> None:
+    watch = BatchWatch(DataConfig())
+    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.zeros(400, 1)), batch_size=2)
+    iterator: Any = iter(loader)
+    iterator._num_workers, iterator._prefetch_factor = 3, 2
+    for number in range(50):
+        iterator._send_idx = number
+        watch._note(iterator, [number])
+    assert list(watch._sent[iterator]) == list(range(43, 50)), "six on their way and the one that has come"
+
+
 def test_an_iterator_that_can_not_be_noted_goes_on(attached: Any) -> None:
     class Odd(dataloader._SingleProcessDataLoaderIter):
         __hash__ = None  # type: ignore[assignment]
