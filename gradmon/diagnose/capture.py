@@ -110,6 +110,7 @@ class Capture:
         self._previous: tuple[int, _Step] | None = None
         self._last_saved: dict[str, int] = {}
         """Reason of an incident -> step of its newest bundle."""
+        self._called_from: tuple[Any, list[tuple[str, int, str]]] = (None, [])
         self._python: Any = None
         """State of the module `random` before the newest forward that may have used it."""
         self._forwards_to_tell = _FORWARDS_TO_TELL
@@ -248,7 +249,7 @@ class Capture:
                 "python": self._python_state(),
             },
             autocast=_autocast(self._device.type),
-            stack=list(_users_frames()),
+            stack=self._stack(),
             loaded=None if self.loaded is None else self.loaded(),
             notes=notes,
             versions=versions,
@@ -257,6 +258,15 @@ class Capture:
         step.held.append(held)
         if self.seen is not None:
             self.seen(dict(inputs_of(held.args, held.kwargs)))  # what is held has no graph
+
+    def _stack(self) -> list[tuple[str, int, str]]:
+        """The user's frames; most steps call the model from where the step before did."""
+        frame = _first_users_frame()
+        above = None if frame is None else frame.f_back
+        here = frame and (frame.f_code, frame.f_lineno, above and above.f_code, above and above.f_lineno)
+        if here != self._called_from[0]:
+            self._called_from = here, list(_users_frames(frame))
+        return self._called_from[1]
 
     def _python_state(self) -> Any:
         """Costs as much as all else here, and few models draw from it: any state will do for one that does not."""
@@ -492,9 +502,15 @@ def _autocast(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def _users_frames() -> Iterator[tuple[str, int, str]]:
-    """File, line, function of the user's frames, innermost first. The frames themselves would keep what they hold."""
+def _first_users_frame() -> Any:
     frame: Any = sys._getframe(2)
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def _users_frames(frame: Any) -> Iterator[tuple[str, int, str]]:
+    """File, line, function of the user's frames, innermost first. The frames themselves would keep what they hold."""
     count = 0
     while frame is not None and count < _FRAMES:
         code = frame.f_code
