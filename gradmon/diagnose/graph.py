@@ -78,7 +78,9 @@ class _Graph:
         self._nodes: list[Any] = []
         self._users: dict[int, list[Any]] = {}
         self._walk()
-        culprit = None if replay.blame is None else replay.blame.culprit
+        self._culprit = None if replay.blame is None else replay.blame.culprit
+        there = self._culprit is not None and any(_is_node_of(self._culprit, node) for node in self._nodes)
+        culprit = self._culprit if there else None
         self._culprit_sequence = -1 if culprit is None else culprit.sequence
         self._told = {} if culprit is None else {culprit.sequence: _told(culprit)}
         self._path = self._path_of(replay)
@@ -120,6 +122,8 @@ class _Graph:
     def _caption(self) -> str:
         if len(self._kept) < len(self._nodes):
             return f"{len(self._kept)} of {len(self._nodes)} nodes, around the culprit (red)"
+        if self._culprit is not None and self._culprit_sequence < 0:
+            return f"{self._culprit.name} is not in this graph: what it was given needs no gradient"
         if self._culprit_sequence < 0:
             return "the way to the gradient that broke (orange)" if len(self._path) > 1 else ""
         return "the culprit (red), the way to it and to the gradient that broke (orange)"
@@ -217,6 +221,15 @@ def _stand_in(label: str) -> Any:
 def _sequence(node: Any) -> int:
     number = int(node._sequence_nr())
     return number if number < 2**63 else -1
+
+
+def _is_node_of(operation: Operation, node: Any) -> bool:
+    """True if the node is the operation's: one that needs no gradient has none, and the number of the node before."""
+    if _sequence(node) != operation.sequence:
+        return False
+    kernel = operation.kernel.removeprefix("aten.").partition(".")[0]
+    ours, theirs = (name.replace("_", "").lower() for name in (kernel, node.name().rpartition("::")[2]))
+    return operation.backward or theirs.startswith(ours) or ours.startswith(theirs.partition("backward")[0])
 
 
 def _told(culprit: Operation) -> list[str]:

@@ -39,6 +39,30 @@ def answer_of(folder: Path) -> Replay:
     return replay(load_bundle(sqrt_at_zero(folder, Distance())), Distance())
 
 
+class Unit(nn.Module):
+    """Divides what it is given, which needs no gradient, by its length; a layer comes before it and one behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.first(torch.ones(1, 4))
+        unit = x / x.norm(dim=1, keepdim=True)
+        return self.second(unit + shift).square().mean()
+
+
+def test_a_culprit_without_a_gradient_colours_no_other_node(graphviz: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    answer = replay(load_bundle(incident(tmp_path, Unit(), lambda m: m(torch.zeros(2, 4)))), Unit())
+    assert answer.blame is not None
+    assert answer.blame.culprit is not None
+    assert answer.blame.culprit.name == "div"
+    svg, _ = draw(answer, tmp_path / "drawn")
+    assert not [node for node in nodes_of(svg) if graph._CULPRIT in node]
+    assert "div is not in this graph" in svg.read_text()
+
+
 def test_the_culprit_and_the_way_to_it_are_in_colour(graphviz: str, tmp_path: Path) -> None:
     answer = answer_of(tmp_path)
     svg, png = draw(answer, tmp_path / "drawn")

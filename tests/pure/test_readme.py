@@ -67,6 +67,18 @@ def test_the_rollback_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert deleted == [1], "healthy"
 
 
+def test_the_doctors_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    names = {"gradmon": gradmon, "torch": torch, "model": model, "inputs": torch.randn(32, 8)}
+    names |= {"targets": torch.arange(32) % 4, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3)}
+    exec(block("python", "gradmon.doctor("), names)
+    assert "nothing found" in capsys.readouterr().out
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    exec(block("python", "gradmon.doctor("), names)
+    assert "dead_relu" in capsys.readouterr().out
+
+
 if __name__ == "__main__":
     text = re.sub(
         r"(<!-- metrics: .*? -->\n).*(<!-- end of metrics -->)",
