@@ -87,10 +87,8 @@ class Watches:
 
     def end_step(self, number: int) -> None:
         """Optimizer step `number` has ended; tells what its batches showed."""
-        with self._reporter.guarded("capture"):
-            self._capture.step_ended(number)
-        with self._reporter.guarded("data_watch"):
-            self._tell(number)
+        self._capture.step_ended(number)
+        self._tell(number)
 
     def learn(self, peeked: Peeked, events: Sequence[Event], guard: Guard) -> None:
         """A step is known, one step later: tell of it; if it broke, keep what is needed to run it again.
@@ -102,15 +100,21 @@ class Watches:
         """
         for event in events:
             self._reporter.tell(event)
-        with self._reporter.guarded("loss_watch"):
-            for event in guard.watch_losses(peeked, late=self._measurer.observed.late):
-                self._reporter.tell(event)
-                if event.kind in ("loss_nonfinite", "loss_spike"):
-                    self._look_again(event.step)
+        for event in self._of_losses(peeked, guard):
+            self._reporter.tell(event)
+            if event.kind in ("loss_nonfinite", "loss_spike"):
+                self._look_again(event.step)
         # A GradScaler's skip is no incident, but ten in a row are.
         broken = peeked.record.broken or any(event.kind == "scaler_streak" for event in events)
         if broken and self._identity.rank == (peeked.record.culprit_rank or 0):
             self._keep(peeked.record)
+
+    def _of_losses(self, peeked: Peeked, guard: Guard) -> Sequence[Event]:
+        try:  # not `guarded`, which is dearer: in every step
+            return guard.watch_losses(peeked, late=self._measurer.observed.late)
+        except Exception as error:
+            self._reporter.failed("loss_watch", error)
+            return ()
 
     def _keep(self, record: StepRecord) -> None:
         journal = self._reporter.journal
@@ -140,10 +144,15 @@ class Watches:
         """Whatever the cadence: something broke."""
         with self._reporter.guarded("data_watch"):
             self._batches.look_again()
-            self._tell(step)
+        self._tell(step)
 
     def _tell(self, step: int) -> None:
-        for finding in self._batches.take():
+        try:
+            found = self._batches.take()
+        except Exception as error:
+            self._reporter.failed("data_watch", error)
+            return
+        for finding in found:
             self._reporter.tell(finding.event(step, time.time(), self._identity.rank))
 
     def _loaded(self, iterator: Any, batch: Any) -> None:

@@ -232,7 +232,10 @@ class Capture:
             if tensor.requires_grad:
                 requires_grad.append(where)
                 tensor = tensor.detach()  # shares memory and version, not the graph
-            versions[id(tensor)] = -1 if tensor.is_inference() else tensor._version
+            try:
+                versions[id(tensor)] = tensor._version
+            except RuntimeError:  # made in inference mode, where writes are not counted
+                pass
             return tensor
 
         def keep(value: Any, where: str) -> Any:
