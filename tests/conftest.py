@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shutil
 import sys
@@ -22,6 +24,17 @@ collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 #: The library that the dashboards are built with needs Python 3.11; what is built does not.
 _TOO_OLD = sys.version_info < (3, 11)
 collect_ignore += ["dashboards"] if _TOO_OLD else []
+
+
+def _interpret_triton() -> None:
+    """Triton asks when it is imported whether its interpreter is wanted, and torch's compiler imports it too."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.language")
+
+
+if not torch.cuda.is_available():  # tests/gpu need the compiled kernels
+    _interpret_triton()
 
 
 def _tool(*names: str) -> str:

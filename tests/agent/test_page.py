@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -40,10 +41,24 @@ def browse(browser):
         page.goto(url)
         return page
 
+    open_page.close = contexts.close
     with contexts:
         yield open_page
     assert complaints == []
     assert hosts == set(expected)
+
+
+@pytest.fixture
+def serve(browse):
+    """An agent; the pages that show it are closed before it ends, else one could ask it in between and complain."""
+
+    @contextlib.contextmanager
+    def serving(directory: Path, **options: str) -> Iterator[AgentProcess]:
+        with AgentProcess(directory, **options) as agent:
+            yield agent
+            browse.close()
+
+    return serving
 
 
 @pytest.fixture
@@ -74,13 +89,13 @@ def point_at(page: Page, step: int, first: int, last: int, chart: int = 0) -> No
     page.mouse.move(box["x"] + box["width"] * (step - first) / (last - first), box["y"] + box["height"] / 2)
 
 
-def test_it_works_behind_a_password(tmp_path, browse):
+def test_it_works_behind_a_password(tmp_path, browse, serve):
     rank = FakeRank(tmp_path, identity("guarded"))
     simulate([rank], 1, 100)
     logins = tmp_path / "logins"
     logins.write_text("ops:secret\n")
     logins.chmod(0o600)
-    with AgentProcess(tmp_path, basic_auth_file=str(logins)) as agent:
+    with serve(tmp_path, basic_auth_file=str(logins)) as agent:
         page = browse(agent.address, login={"username": "ops", "password": "secret"})
         drawn(page)
         expect(page.locator("#name")).to_have_text("guarded")
@@ -109,9 +124,9 @@ def test_it_shows_a_run(run, browse, name, size, scheme, scale):
     shoot(page, name)
 
 
-def test_an_unpainted_chart_would_be_found(tmp_path, browse):
+def test_an_unpainted_chart_would_be_found(tmp_path, browse, serve):
     rank = FakeRank(tmp_path, identity())
-    with AgentProcess(tmp_path) as agent:
+    with serve(tmp_path) as agent:
         page = browse(agent.address)
         expect(page.locator(".uplot")).to_have_count(5)
         page.wait_for_timeout(500)
@@ -189,8 +204,8 @@ def test_it_goes_on_when_the_agent_comes_back(run, browse):
         assert page.evaluate("state.global.step.length") == 401
 
 
-def test_without_a_run_it_says_how_to_attach(tmp_path, browse):
-    with AgentProcess(tmp_path) as agent:
+def test_without_a_run_it_says_how_to_attach(tmp_path, browse, serve):
+    with serve(tmp_path) as agent:
         page = browse(agent.address)
         expect(page.locator("#empty")).to_contain_text("monitor = gradmon.attach(model, optimizer)")
         expect(page.locator("#directory")).to_contain_text(str(tmp_path))
@@ -201,9 +216,9 @@ def test_without_a_run_it_says_how_to_attach(tmp_path, browse):
         rank.end()
 
 
-def test_several_runs_can_be_chosen_from(tmp_path, browse):
+def test_several_runs_can_be_chosen_from(tmp_path, browse, serve):
     ranks = [FakeRank(tmp_path, identity(run)).step(record(1)) for run in ("first", "second~2")]
-    with AgentProcess(tmp_path) as agent:
+    with serve(tmp_path) as agent:
         page = browse(agent.address)
         expect(page.locator("#runs option")).to_have_count(2)
         for name in ("first", "second~2"):
@@ -215,13 +230,13 @@ def test_several_runs_can_be_chosen_from(tmp_path, browse):
         rank.end()
 
 
-def test_many_ranks_are_a_band_and_few_lines(tmp_path, browse):
+def test_many_ranks_are_a_band_and_few_lines(tmp_path, browse, serve):
     ranks = [FakeRank(tmp_path, identity(rank=r, world_size=24)) for r in range(24)]
     simulate(ranks, 1, 120)
     broken = nonfinite(121, rank=17)
     for rank in ranks:
         rank.step(broken)
-    with AgentProcess(tmp_path) as agent:
+    with serve(tmp_path) as agent:
         page = browse(agent.address)
         drawn(page)
         assert page.evaluate("state.charts[1].lines.map((line) => line.label)") == [
@@ -239,11 +254,11 @@ def test_many_ranks_are_a_band_and_few_lines(tmp_path, browse):
         rank.end()
 
 
-def test_what_a_script_names_is_text_and_nothing_else(tmp_path, browse):
+def test_what_a_script_names_is_text_and_nothing_else(tmp_path, browse, serve):
     evil = "<img src=x onerror=alert(1)>"
     rank = FakeRank(tmp_path, identity(script=evil, device=evil, host=evil))
     rank.step(nonfinite(1, parameter=evil), tell=False).tell(event(nonfinite(1, parameter=evil), evil))
-    with AgentProcess(tmp_path) as agent:
+    with serve(tmp_path) as agent:
         page = browse(agent.address)
         expect(page.locator("#events tbody")).to_contain_text(evil)
         expect(page.locator("#ranks tbody")).to_contain_text(evil)

@@ -265,7 +265,7 @@ def _slow(at: float) -> Scenario:
         (
             Change("gradmon_busy_seconds_total", at, rank=3, rate=0.7),
             Change("gradmon_step_duration_seconds", at, factor=2.0),
-            Change("gradmon_data_wait_seconds_total", at, rate=0.6),
+            Change("gradmon_data_wait_seconds_total", at, rate=0.9),
         )
     )
 

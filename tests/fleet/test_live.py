@@ -23,7 +23,8 @@ RECENT_SECONDS = 15 * 60.0
 RECORDED_OVER_HOURS = ("run:gradmon_gpu_memory_allocated_bytes:max", "run:gradmon_gpu_memory_capacity_bytes:min")
 #: From the start of the agents to the first fault; the first scrape comes some seconds after Prometheus' start.
 LEAD_SECONDS = 10.0
-WATCHED_SECONDS = 45.0
+#: At most. Shares over a minute pass their thresholds 20 s after the fault.
+WATCHED_SECONDS = 75.0
 #: Rules that need not say anything here, and why.
 EXCEPTIONS: Mapping[str, str] = {
     "GradmonNoTarget": "needs a Prometheus without a single target; it is asked of one, see below",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -178,7 +179,7 @@ def test_every_step_is_skipped_and_nothing_is_logged(tmp_path: Path, caplog: pyt
     assert len([e for _, e in outcome.journal.events if e.kind == "nonfinite"]) == 21
     said = [r.message for r in caplog.records]
     assert any("NaN and 0 Inf gradient elements" in message for message in said)
-    assert any("and 20 more" in message for message in said)
+    assert any(message == "20 more of the kind nonfinite" for message in said)
 
 
 def test_the_nan_loss_is_replaced_by_a_mean_in_the_log(tmp_path: Path) -> None:
@@ -246,8 +247,12 @@ def test_nan_checkpoints_push_out_the_healthy_ones(tmp_path: Path) -> None:
 
 
 def test_the_same_port_on_every_rank_and_a_bind_that_fails(tmp_path: Path) -> None:
-    """Nothing in a training process listens. (The agent's port: tests/agent.)"""
+    """gradmon lets nothing in a training process listen. (The agent's port: tests/agent.)"""
+
+    def listening() -> list[Any]:
+        return [c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+
+    before = listening()  # gloo keeps the socket of a test before this one
     outcome = train(Job(str(tmp_path), steps=3))
     assert outcome.journal.steps
-    listening = [c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    assert listening == []
+    assert listening() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import itertools
 import math
@@ -37,12 +38,13 @@ def need_triton() -> None:
     pytest.skip("triton 3.9 is not installed: left out", allow_module_level=True)
 
 
-_before = os.environ.get("TRITON_INTERPRET")
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; not left there, for tests beside these
 need_triton()
-INTERPRETED = bool(kernels._kernels().INTERPRETED)
-if _before is None:
-    del os.environ["TRITON_INTERPRET"]
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.setenv("TRITON_INTERPRET", "1")  # not left there, for tests beside these
+    #: Both must be: Triton's own functions (its `zeros` is one) are as Triton was when it was imported.
+    INTERPRETED = bool(kernels._kernels().INTERPRETED) and not isinstance(
+        importlib.import_module("triton.language").zeros, importlib.import_module("triton").JITFunction
+    )
 
 CPU = torch.device("cpu")
 #: Float32 has 32 elements in a block and 96 in a leaf, so that small tensors have many: a program takes 20 ms here.
