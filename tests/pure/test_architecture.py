@@ -21,12 +21,12 @@ FLOORS = {
     "kernels": 1, "_triton_kernels": 1, "stats": 1, "rows": 1, "backward": 1, "local": 1, "sharding": 1, "topology": 1,
     "measuring": 1, "updates": 1, "detector": 1, "policy": 1, "actions": 1, "noise": 1, "stepping": 1, "landing": 1,
     "losses": 1, "resources": 1, "clipping": 1, "scaler": 1, "handshake": 1, "exits": 1, "replicas": 1, "snapshot": 1,
-    "guard": 1, "health": 1, "rules": 1, "counting": 1, "timing": 1,
+    "guard": 1, "health": 1, "rules": 1, "counting": 1, "timing": 1, "sinks": 1,
     "loss_watch": 1, "inputs": 1, "loaded": 1, "data_watch": 1, "weight_watch": 1,
     "journal": 2, "identity": 2,
     "agent": 3, "plan": 3, "reporter": 3, "diagnose": 3, "watches": 3,
     "monitor": 4,
-    "stack": 5, "cli": 5, "demo": 5, "__main__": 6,
+    "stack": 5, "integrations": 5, "cli": 5, "demo": 5, "__main__": 6,
 }  # fmt: skip
 #: Within a floor, read downwards: these may import those.
 WITHIN = {
@@ -38,7 +38,7 @@ WITHIN = {
     "landing": {"actions", "detector", "measuring", "noise", "policy", "replicas", "rows", "stats", "stepping",
                 "timing"},
     "guard": {"actions", "detector", "landing", "loss_watch", "policy", "snapshot", "topology"},
-    "scaler": {"topology"}, "losses": {"landing", "rows"}, "layers": {"record"}, "cli": {"demo", "stack"},
+    "scaler": {"topology"}, "losses": {"landing", "rows"}, "layers": {"record"}, "cli": {"demo", "integrations", "stack"},
     "demo": {"stack"}, "diagnose": {"agent"},
     "plan": {"agent"}, "watches": {"diagnose", "plan", "reporter"},
     "data_watch": {"inputs", "landing", "loaded", "loss_watch"},
