@@ -12,12 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gradmon import __version__
+from gradmon.integrations import launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser(argv[0] if argv else "").parse_args(argv)
+    if args.command is _run:  # what the script raises is its own
+        return _run(args)
     try:
         code: int = args.command(args)
         sys.stdout.flush()
@@ -50,6 +53,10 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="watch a real two-rank training run survive an explosion")
     _add_demo_options(demo)
     demo.set_defaults(command=_demo)
+
+    run = commands.add_parser("run", help="run a training script, unchanged, and guard what it trains")
+    launcher.add_arguments(run)
+    run.set_defaults(command=_run)
 
     agent = commands.add_parser("agent", help="serve /metrics and the live page for the runs of this node")
     agent.add_argument("--dir", help="directory of the journals (default: where attach() puts them)")
@@ -145,6 +152,16 @@ def _seconds(text: str) -> float:
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"must be a number of seconds from 0 up (got {text!r})")
     return value
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        execute = launcher.prepare(launcher.options_of(args))
+    except ValueError as error:
+        print(f"gradmon: {error}", file=sys.stderr)
+        return 2
+    execute()
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -455,7 +455,9 @@ class BatchWatch:
             return
         inside = 1 - len(set(prints)) / len(prints)
         again, same_indices = 0.0, False
-        if before is not None and before[0] == newest.number - 1:
+        # What no DataLoader gave may be one batch, used again: by a closure, a critic, in full-batch training.
+        reused = source is self._sources.get(0) and before is not None and before[1] == prints
+        if before is not None and before[0] == newest.number - 1 and not reused:
             earlier = set(before[1])
             again = sum(p in earlier for p in prints) / len(prints)
             if indices and before[2]:

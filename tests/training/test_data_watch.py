@@ -278,9 +278,16 @@ def test_duplicates_within_a_batch_and_between_two() -> None:
     watch = BatchWatch(ALWAYS)
     one, two = rows(8, seed=1), rows(8, seed=2)
     assert told(watch, one, two, one) == [], "not one after the other"
-    (again,) = told(watch, one.clone())
+    assert told(watch, one.clone()) == [], "the same batch, used again: by a closure, a critic"
+    (again,) = told(watch, torch.cat([one[1:], two[:1]]))
     assert again.rule == "data_duplicate"
-    assert again.measured == 1.0
+    assert again.measured == 7 / 8
+    (given,) = [
+        f
+        for _ in seen(watch, DataLoader(TensorDataset(one[[*range(8), *range(8)]]), batch_size=8))
+        for f in watch.take()
+    ]
+    assert given.measured == 1.0, "what a DataLoader gives is another batch each time"
     (inside,) = told(BatchWatch(ALWAYS), one[[0, 1, 1, 1, 1, 1, 1, 3]])
     assert inside.measured == 5 / 8
     assert "like another sample" in inside.message
