@@ -249,6 +249,17 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SinksConfig:
+    """Where rank 0 also writes steps and events. A sink whose library is missing warns, and training goes on."""
+
+    jsonl: str | None = _setting(None, "file to which each step and event is appended as a line of JSON; null: none")
+    tensorboard: str | None = _setting(None, "log directory of TensorBoard, the run gets a folder in it; null: none")
+    wandb: str | None = _setting(
+        None, "project in Weights & Biases, in which a run is made unless the script has one; null: none"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of gradmon's settings. Build it with `load`, or directly with keywords."""
 
@@ -278,6 +289,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    sinks: SinksConfig = field(default_factory=SinksConfig)
 
     def __post_init__(self) -> None:
         _check(self)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import sys
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, Literal
 
 
 class ExitWatch:
-    """Remembers the code given to `sys.exit`, from `start` to `stop`; at exit time nothing else knows it any more."""
+    """Remembers the code given to `sys.exit`, from `start` to `stop`; at exit time nothing else knows it any more.
 
-    def __init__(self) -> None:
+    Args:
+        close: called when the process ends in between, with how it ends and what went wrong.
+        patient: wait a moment before, for the last callbacks of gloo.
+    """
+
+    def __init__(self, close: Callable[[Literal["finished", "exception"], str], None], *, patient: bool) -> None:
+        self._close = close
+        self._patient = patient
         self._code: Any = 0
         self._original = sys.exit
         self._wrapper: Any = None
@@ -26,14 +36,30 @@ class ExitWatch:
 
         self._wrapper = watched
         sys.exit = watched
+        atexit.register(self._at_exit)
 
     def stop(self) -> None:
         """Put the interpreter's own back, unless somebody has wrapped ours since."""
         if sys.exit is self._wrapper:
             sys.exit = self._original
+        self._wrapper = None
+        atexit.unregister(self._at_exit)
 
-    def failure(self) -> str:
-        """What went wrong, empty if nothing did. For use at exit."""
+    def come_first(self) -> None:
+        """At exit, before what was registered until now: a library that ends a run there must not be ahead of us."""
+        if self._wrapper is not None:
+            atexit.unregister(self._at_exit)
+            atexit.register(self._at_exit)
+
+    def _at_exit(self) -> None:
+        failure = self._failure()
+        if self._patient:
+            # gloo's threads may still have to drop the hook's last callbacks, for which they need the interpreter's
+            # lock; a thread that asks for it while the interpreter is being torn down aborts the process.
+            time.sleep(0.05)
+        self._close("exception" if failure else "finished", failure)
+
+    def _failure(self) -> str:
         error = getattr(sys, "last_value", None)  # set by the interpreter for an exception that nobody caught
         if error is not None:
             return f"{type(error).__name__}: {error}"

@@ -53,7 +53,8 @@ class Guard:
         self._why_stop = ""
         self._validations = 0
         self._was_healthy = True
-        self._newest: StepRecord | None = None
+        self.newest: StepRecord | None = None
+        """The newest step that is known."""
         self._learned = 0
         self.snapshots: Snapshots | None = None
         """None unless rollback is switched on and can be done here."""
@@ -110,7 +111,7 @@ class Guard:
 
     def learn(self, peeked: Peeked, *, acts: bool) -> list[Event]:
         """Take in a finished step; what is to be told of it. `acts`: whether gradmon does what it decides."""
-        record = self._newest = peeked.record
+        record = self.newest = peeked.record
         if peeked.alone:  # the others do not know this step: what was learnt from it would differ between ranks
             return [event for event in (incident(record),) if event is not None]
         self._learned += 1
@@ -179,7 +180,7 @@ class Guard:
         Returns:
             What was done. After an action `rollback` the gradients that are there are of weights that are gone.
         """
-        snapshots, newest, policy = self.snapshots, self._newest, self._policy
+        snapshots, newest, policy = self.snapshots, self.newest, self._policy
         if snapshots is None or newest is None or not policy.rollback_due or self._paused():
             return None
         own: tuple[int, ...] = ()
@@ -252,7 +253,7 @@ class Guard:
             step = int(state["step"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"gradmon state is damaged ({error!r}); pass what Monitor.state_dict() returned") from None
-        self._detector, self._policy, self._newest = detector, policy, None
+        self._detector, self._policy, self.newest = detector, policy, None
         self._loss_watch, self._validations, self._why_stop = losses, 0, losses.why_stop
         self._references.clear()
         if self.snapshots is not None:

@@ -101,6 +101,7 @@ class JournalWriter:
         sample: what the process uses, called every few seconds.
         max_bytes: size of the file. Details fill half of it at most, the oldest steps are forgotten for the newest.
         on_error: told of what failed, as (part, error).
+        also: given each step and event, on the writer's thread; must neither wait nor raise.
 
     Raises:
         OSError: the directory can't be written.
@@ -118,13 +119,14 @@ class JournalWriter:
         elements: Sequence[int] = (),
         max_bytes: int = 64 << 20,
         on_error: Callable[[str, Exception], None] = lambda _part, _error: None,
+        also: Callable[[StepRecord | Event], None] = lambda _item: None,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._rank = identity.rank
         self._sample = sample
         self._max_pages = max_bytes // _PAGE_BYTES
-        self._on_error = on_error
+        self._on_error, self._also = on_error, also
         self._lock = hold_lock(path.with_suffix(".lock"))
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._counters: defaultdict[CounterKey, float] = defaultdict(float)
@@ -251,6 +253,7 @@ class JournalWriter:
 
     def _write_item(self, connection: sqlite3.Connection, item: _Item) -> None:
         if isinstance(item, Event):
+            self._also(item)
             connection.execute(_INSERT_EVENT, _to_row(item, EVENT_FIELDS))
             self._add(count_event(item))
         elif isinstance(item, dict):
@@ -278,6 +281,7 @@ class JournalWriter:
         except Exception as error:  # one bad step must not take those beside it along
             self._failed(error)
             return
+        self._also(record)
         connection.execute(_INSERT_STEP, _to_row(record, STEP_FIELDS))
         connection.execute(_PUT_STATE, ("step_monotonic", time.monotonic()))
         self._add(count_step(record, self._rank))

@@ -10,10 +10,8 @@ records, the verdict is reached on the device, and its numbers are read exactly 
 
 from __future__ import annotations
 
-import atexit
 import os
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal
@@ -35,8 +33,10 @@ from gradmon.landing import HostCopy, Lander, LandingStep
 from gradmon.losses import LossBook, plain_loss
 from gradmon.measuring import Measured, Measurer
 from gradmon.plan import Plan, agree_on, begin_run, health_path, identity_of, make_plan, open_journal
+from gradmon.record import StepRecord
 from gradmon.reporter import Reporter
 from gradmon.scaler import ScalerWatch
+from gradmon.sinks import Outlets, Sink, all_sinks
 from gradmon.stepping import (
     Marks,
     Nesting,
@@ -58,17 +58,19 @@ _active: Monitor | None = None
 
 
 def attach(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     optimizer: Optimizer | Iterable[Optimizer],
     *,
     config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    sinks: Iterable[Sink] = (),
 ) -> Monitor:
     """Watch and guard the training of `model`. Call it on every rank, after `DistributedDataParallel(model)`.
 
     Args:
-        model: the module that is trained; with DDP the DDP object itself.
-        optimizer: the optimizer that steps its parameters, or several.
+        model: the module that is trained, with DDP the DDP object itself; or its parts (torchtitan's, pipeline stages).
+        optimizer: the optimizer that steps its parameters, or several; also wrapped (Accelerate) or in a container.
         config: a `Config`, a mapping, or the path of a YAML file; None takes GRADMON_CONFIG or the defaults.
+        sinks: where rank 0 also writes steps and events, with those of the config; see `gradmon.sinks`.
 
     Returns:
         The monitor, already at work; also a context manager that detaches at its end.
@@ -76,7 +78,7 @@ def attach(
     Raises:
         ConfigError, EnvironmentVariableError, DirectoryError: a setting, torchrun's environment or the journal's
             directory is no good (all are ValueErrors).
-        TypeError, ValueError: model and optimizer do not belong together.
+        TypeError, ValueError: model and optimizer do not belong together, or a sink is none.
         AttachError: the ranks do not fit together, or one is missing; the same text on every rank that came.
         RuntimeError: a monitor is attached already.
     """
@@ -84,15 +86,18 @@ def attach(
     problem: Exception | None = None
     plan: Plan | None = None
     try:
+        if _active is not None and _active.stands_in:
+            _active.detach()
         if _active is not None:
             raise RuntimeError("gradmon is attached already in this process; call monitor.detach() first")
         plan = make_plan(model, optimizer, config)
+        sinks = all_sinks(plan.config.sinks, sinks)
     except Exception as error:
         problem = error
     agreement = agree_on(plan, problem)
     if problem is not None or plan is None:
         raise problem or AttachError("nothing to attach")
-    _active = Monitor(plan, agreement)
+    _active = Monitor(plan, agreement, sinks)
     return _active
 
 
@@ -103,9 +108,12 @@ class Monitor:
         run: name of the run in metrics and page.
         journal_path: this rank's journal, None if it could not be opened.
         health_path: marker file that says whether the weights are fit to be kept, None if this rank writes none.
+        stands_in: True if nobody asked for it by name (`gradmon run`): the script's own `attach` then replaces it.
     """
 
-    def __init__(self, plan: Plan, agreement: Agreement) -> None:
+    stands_in = False
+
+    def __init__(self, plan: Plan, agreement: Agreement, sinks: Iterable[Sink] = ()) -> None:
         self._watched = plan.watched
         self._topology = plan.topology
         self._config = plan.config
@@ -150,6 +158,8 @@ class Monitor:
             comparable=self._topology.whole_rows,
             judge_weights=self._watches.judge_weights,
         )
+        self._exit_watch = ExitWatch(self._close, patient=self._topology.hook is not None)
+        self._outlets = Outlets(sinks, self._identity, self._failed, self._say.once, self._exit_watch.come_first)
         self._journal = self._reporter.journal = open_journal(
             plan,
             self._identity,
@@ -157,11 +167,11 @@ class Monitor:
             self._say.once,
             self._health,
             (self._guard.sample, self._watches.samples),
+            self._outlets.put,
         )
         self.journal_path = self._journal and self._journal.path
         self._clip_watch = ClipWatch(self._before_clip)
         self._scaler_watch = ScalerWatch(lambda optimizer: optimizer in self._actions, self._left_out)
-        self._exit_watch = ExitWatch()
         try:
             self._start_hooks()
             with self._guarded("agent"):
@@ -169,7 +179,6 @@ class Monitor:
         except Exception as error:
             self._close("exception", f"{type(error).__name__}: {error}")
             raise
-        atexit.register(self._at_exit)
 
     # --- what the user calls ---------------------------------------------------------------------------------------
 
@@ -177,6 +186,11 @@ class Monitor:
     def step(self) -> int:
         """Optimizer steps so far."""
         return self._count
+
+    @property
+    def newest(self) -> StepRecord | None:
+        """The newest step that is known: the one before the last, as nothing is waited for. Equal on all ranks."""
+        return self._guard.newest
 
     @property
     def learning_rate_scale(self) -> float:
@@ -198,11 +212,11 @@ class Monitor:
         if not self._attached:
             return
         if (training, validation).count(None) > (loss, validation_loss).count(None):
-            self._say.once(
-                "the loss observed is a DTensor that no rank holds whole: it is left out; pass its full value"
-            )
+            self._say.once("the loss observed is a DTensor, whole on no rank: it is left out; pass its full value")
         with self._guarded("loss"):
             if training is not None:
+                if self._closure is not None:  # it is of the step that the closure is to make
+                    self.end_turn()
                 self._losses.add(training, stepped=self._made > 0, sent=self._measurer.sent)
             if validation is not None:
                 self._losses.add_validation(validation)
@@ -210,11 +224,7 @@ class Monitor:
                     self._journal.keep_copy("validation_loss", HostCopy(validation))
 
     def paused(self, what: str = "evaluation") -> AbstractContextManager[None]:
-        """`with monitor.paused("checkpoint"):` no step is expected inside, and no time counted.
-
-        Args:
-            what: is going on, for the page.
-        """
+        """`with monitor.paused("checkpoint"):` no step is expected and no time counted; `what` is shown."""
         keep = None if self._journal is None or not self._attached else self._journal.keep
         return self._clock.pausing(what, keep)
 
@@ -283,15 +293,13 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._close("finished", "")
-        else:
-            self._close("exception", f"{type(error).__name__}: {error}")
+        failure = "" if error is None else f"{type(error).__name__}: {error}"
+        self._close("exception" if failure else "finished", failure)
 
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._nesting.enters(optimizer):
+        if os.getpid() != self._pid or self._nesting.enters(optimizer):  # a forked process is not the rank
             return None
         if self._watched.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._say.once("this step is captured in a CUDA graph, whose replays call no hooks: it is not watched")
@@ -302,8 +310,9 @@ class Monitor:
         if not has_closure(args, kwargs):
             self._judge_and_act(optimizer)
             return None
-        with self._guarded("before_step"):  # the gradients of this step do not exist yet
-            self._end_step()
+        with self._guarded("before_step"):  # the gradients of this step may not exist yet
+            if self._begins(optimizer):  # not so where Lightning gives each of several an empty closure
+                self._end_step()
             self._closure = optimizer
             return with_closure(args, kwargs, lambda closure: self._watched_closure(optimizer, closure))
         return None
@@ -328,7 +337,7 @@ class Monitor:
                 self._actions[optimizer].before(step.verdict, step.scale)
 
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        if self._nesting.leaves(optimizer):
+        if os.getpid() != self._pid or self._nesting.leaves(optimizer):
             return
         with self._guarded("restore"):
             self._actions[optimizer].after()
@@ -337,6 +346,11 @@ class Monitor:
                 self._closure = None
                 self._begin_step(optimizer, judged=False)
             self._finish(optimizer)
+
+    def end_turn(self) -> None:
+        """New gradients are about to come, of optimizers that take turns: what was stepped so far is a whole step."""
+        if self._step is not None and self._stepped:
+            self._end_step()
 
     def _left_out(self, optimizer: Optimizer) -> None:
         """A GradScaler has found Inf and not called `optimizer.step()`: a step all the same, and not gradmon's skip."""
@@ -537,9 +551,7 @@ class Monitor:
         self._reporter.tell_health(Health(peeked.record.step, self._guard.why_unfit, self._guard.last_healthy_step))
         if self._errors_seen and not self._withdrawn:
             self._withdrawn = True
-            self._say.once(
-                "gradmon failed on one of the ranks; from here on all ranks only watch, so that they stay equal"
-            )
+            self._say.once("gradmon failed on one of the ranks; from here on all only watch, so that they stay equal")
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -559,19 +571,9 @@ class Monitor:
             ):
                 self._handles.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call]
         if not self._clip_watch.start():
-            self._say.once(
-                "this torch has no clip function that can be watched: a clip by the script is seen afterwards"
-            )
+            self._say.once("this torch has no clip function to be watched: a clip by the script is seen afterwards")
         self._exit_watch.start()
         self._watches.start()
-
-    def _at_exit(self) -> None:
-        failure = self._exit_watch.failure()
-        if self._topology.hook is not None:
-            # gloo's threads may still have to drop the hook's last callbacks, for which they need the interpreter's
-            # lock; a thread that asks for it while the interpreter is being torn down aborts the process.
-            time.sleep(0.05)
-        self._close("exception" if failure else "finished", failure)
 
     def _close(self, end: Literal["finished", "exception"], detail: str) -> None:
         global _active
@@ -581,8 +583,7 @@ class Monitor:
         if _active is self:
             _active = None
         with self._guarded("detach"):
-            if self._step is not None and self._stepped:
-                self._end_step()
+            self.end_turn()
             self._losses.flush()
             if self._previous is not None and self._previous.landed():  # a hung device must not hold the end
                 self._take_previous()
@@ -591,10 +592,9 @@ class Monitor:
         self._handles.clear()
         for part in (self._clip_watch, self._scaler_watch, self._exit_watch, self._watches, self._measurer):
             part.stop()
-        for doer in self._actions.values():
-            with self._guarded("detach"):
-                doer.restore()
+        with self._guarded("detach"):
+            self._restore_all()
         if self._journal is not None:
             self._journal.close(end, detail)
+        self._outlets.close()
         self._reporter.stop()
-        atexit.unregister(self._at_exit)

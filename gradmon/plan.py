@@ -25,13 +25,13 @@ from gradmon.health import HealthFile
 from gradmon.importing import refuse_to_train
 from gradmon.journal import JournalWriter, journal_path
 from gradmon.log import Announcer
-from gradmon.record import RankIdentity
+from gradmon.record import Event, RankIdentity, StepRecord
 from gradmon.resources import Sampler
 from gradmon.snapshot import Snapshots
-from gradmon.topology import Topology, Watched, recognise, watch
+from gradmon.topology import Topology, Watched, one_module, recognise, watch
 
 #: Settings that may differ between ranks: they say where things lie on a node, not what is decided.
-_PER_NODE = frozenset({"dir", "agent", "attach_timeout_seconds", "journal_mib", "preset", "health_file"})
+_PER_NODE = frozenset({"dir", "agent", "attach_timeout_seconds", "journal_mib", "preset", "health_file", "sinks"})
 #: How often each process group was attached, so that ranks never read what they said at another time.
 _attachments: Counter[str] = Counter()
 
@@ -53,17 +53,23 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], given: Config | Mapping[str, Any] | Any
+    model: nn.Module | Sequence[nn.Module],
+    optimizer: Optimizer | Iterable[Optimizer],
+    given: Config | Mapping[str, Any] | Any,
 ) -> Plan:
     """Check everything that this rank can check alone; raises what `attach` says."""
     refuse_to_train()
     loaded = config.load(given)
     ranks = identity.rank_environment(os.environ)
+    module = one_module(model)
+    watched = watch(module, optimizer)
     if dist.is_available() and dist.is_initialized():
-        ranks = identity.RankEnvironment(dist.get_rank(), ranks.local_rank, dist.get_world_size(), ranks.attempt)
-    watched = watch(model, optimizer)
+        local = ranks.local_rank
+        if not os.environ.get("LOCAL_RANK"):  # ranks that mp.spawn has started: by their GPU, or all on this host
+            local = dist.get_rank() if watched.device.index is None else watched.device.index
+        ranks = identity.RankEnvironment(dist.get_rank(), local, dist.get_world_size(), ranks.attempt)
     directory = identity.choose_directory(loaded.config.dir, os.environ)
-    return Plan(watched, recognise(model, watched, ranks.world_size), loaded, directory, ranks)
+    return Plan(watched, recognise(module, watched, ranks.world_size), loaded, directory, ranks)
 
 
 def agree_on(plan: Plan | None, problem: Exception | None) -> Agreement:
@@ -192,8 +198,12 @@ def open_journal(
     say: Callable[[str], None],
     health: HealthFile,
     more: Sequence[Callable[[], dict[str, float]]],
+    also: Callable[[StepRecord | Event], None],
 ) -> JournalWriter | None:
-    """This rank's journal; None, and a word about it, if there can be none. What `more` give is sampled too."""
+    """This rank's journal; None, and a word about it, if there can be none.
+
+    What `more` give is sampled too; `also` is given each step and event.
+    """
     resources = Sampler(plan.watched.device, failed)
 
     def sample() -> dict[str, float]:
@@ -216,6 +226,7 @@ def open_journal(
             sample=sample,
             max_bytes=plan.config.journal_mib << 20,
             on_error=failed,
+            also=also,
         )
     except Exception as error:
         say(f"no journal for this rank, training goes on without it: {error}")

@@ -28,6 +28,9 @@ class Watched:
     names: list[str]
     """One for each parameter, without the prefixes that DDP and torch.compile add."""
     optimizers: list[Optimizer]
+    """Those whose step hooks fire: taken out of wrappers and containers."""
+    engine: str = ""
+    """Why the engine that trains them is only watched; empty if there is none that is known."""
 
     @property
     def device(self) -> torch.device:
@@ -85,22 +88,69 @@ class Topology:
         return self.joining() and not getattr(self.ddp, "_divide_by_initial_world_size", True)
 
 
+class ModelParts(nn.ModuleList):
+    """Modules that are trained together, as torchtitan's model parts and pipeline stages are; never called itself."""
+
+
+def one_module(model: object) -> nn.Module:
+    """What attach was given, as one module.
+
+    Raises:
+        TypeError: neither a module nor a list of modules.
+        ValueError: an empty list.
+    """
+    parts: list[nn.Module] = []
+    for part in model if isinstance(model, (list, tuple)) else [model]:
+        if not isinstance(part, nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module or a list of them (got {type(part).__name__}); "
+                f"attach(model, optimizer)"
+            )
+        parts.append(part)
+    if not parts:
+        raise ValueError("model is an empty list; attach at least one module")
+    return _out_of_wrapper(parts[0]) if len(parts) == 1 else ModelParts(parts)
+
+
+def _out_of_wrapper(model: nn.Module) -> nn.Module:
+    """The DDP object that holds all of a wrapper's parameters, as in Lightning Fabric's; else the model as it is."""
+    if Topology("", model).ddp is not None:
+        return model
+    inside = _ddp_objects(model)
+    if len(inside) != 1 or not set(model.parameters()) <= set(inside[0].parameters()):
+        return model
+    return inside[0]
+
+
+def _ddp_objects(model: nn.Module) -> list[DistributedDataParallel]:
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
 def watch(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Watched:
     """Find the parameters to measure: the trainable ones of `model` that an optimizer steps.
 
+    Where an engine steps copies of its own, as DeepSpeed's ZeRO does, those are measured.
+
+    Args:
+        model: from `one_module`.
+        optimizer: one or several, also wrapped (Accelerate, torchft) or in a container (torchtitan).
+
     Raises:
-        TypeError: not a module, or not an optimizer.
+        TypeError: not an optimizer.
         ValueError: nothing to train, or an optimizer over parameters that are not the model's.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module (got {type(model).__name__}); attach(model, optimizer)")
-    optimizers = _listed([optimizer] if isinstance(optimizer, Optimizer) else optimizer)
+    given = _given(optimizer)
+    optimizers = _hooked(given)
+    engine = _engine(model, [*given, *optimizers])
     # Frozen ones too, where an optimizer holds them: they may be unfrozen later, and until then have no gradient.
-    named = {p: _plain(name) for name, p in model.named_parameters()}
+    named = _named(model)
     if not any(p.requires_grad for p in named):
         raise ValueError("model has no trainable parameter (requires_grad is False everywhere): nothing to watch")
-    stepped = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    stepped = [p for o in optimizers for p in parameters_of(o)]
     foreign = [p for p in stepped if p.requires_grad and p not in named]
+    if foreign and engine:
+        own = {p: f"stepped.{number}" for number, p in enumerate(stepped)}
+        return Watched(list(own), [named.get(p, name) for p, name in own.items()], optimizers, engine)
     if foreign:
         raise ValueError(
             f"optimizer holds {len(foreign)} parameters that are not the model's, the first of shape "
@@ -110,25 +160,75 @@ def watch(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Watch
     watched = [(p, name) for p, name in named.items() if p in wanted]
     if not any(p.requires_grad for p, _ in watched):
         raise ValueError("the optimizer steps none of the model's trainable parameters; attach the one that does")
-    return Watched([p for p, _ in watched], [name for _, name in watched], optimizers)
+    return Watched([p for p, _ in watched], [name for _, name in watched], optimizers, engine)
 
 
-def _listed(optimizers: object) -> list[Optimizer]:
-    listed: list[Optimizer] = []
-    for candidate in optimizers if isinstance(optimizers, Iterable) else [optimizers]:
-        if not isinstance(candidate, Optimizer):
+def _named(model: nn.Module) -> dict[Tensor, str]:
+    """Parameter -> its name; of several parts with the part's number in front, where two would have one name."""
+    parts = list(model) if isinstance(model, ModelParts) else [model]
+    found: dict[Tensor, tuple[int, str]] = {}
+    for number, part in enumerate(parts):
+        for name, parameter in part.named_parameters():
+            found.setdefault(parameter, (number, _plain(name)))  # parts may share one
+    names = [name for _, name in found.values()]
+    if len(parts) == 1 or len(set(names)) == len(names):
+        return dict(zip(found, names, strict=True))
+    return {parameter: f"{number}.{name}" for parameter, (number, name) in found.items()}
+
+
+def _given(optimizers: object) -> list[object]:
+    if isinstance(optimizers, Optimizer) or not isinstance(optimizers, Iterable):
+        return [optimizers]
+    listed = list(optimizers)
+    if not listed:
+        raise ValueError("optimizer is an empty list; attach at least one")
+    return listed
+
+
+def _hooked(given: Sequence[object]) -> list[Optimizer]:
+    """The optimizers whose step hooks fire, each once."""
+    found: dict[Optimizer, None] = {}
+    for candidate in given:
+        inner = _inside(candidate, ())
+        if not inner and not isinstance(candidate, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer or several of them (got {type(candidate).__name__})"
             )
-        if not hasattr(candidate, "_optimizer_step_pre_hooks"):
+        if not inner:
             raise TypeError(
                 f"{type(candidate).__name__} wraps an optimizer and has no step hooks of its own; "
                 f"attach the inner one (often its .optimizer)"
             )
-        listed.append(candidate)
-    if not listed:
-        raise ValueError("optimizer is an empty list; attach at least one")
-    return listed
+        found.update(dict.fromkeys(inner))
+    return list(found)
+
+
+#: Where wrappers keep the optimizer that they step: Accelerate, Lightning, DeepSpeed; torchft.
+_INNER = ("optimizer", "optim")
+_HOOKS = "_optimizer_step_pre_hooks"
+
+
+def _inside(candidate: object, around: tuple[object, ...]) -> list[Optimizer]:
+    """Optimizers with step hooks of their own in a wrapper or container; none if there are none.
+
+    Args:
+        candidate: what may be one.
+        around: wrappers that it came out of.
+    """
+    if any(candidate is outer for outer in around):
+        return []
+    around = (*around, candidate)
+    several = getattr(candidate, "optimizers", None)
+    if isinstance(several, (list, tuple)) and several:  # torchtitan's container steps each of them
+        each = [_inside(one, around) for one in several]
+        return [inner for found in each for inner in found] if all(each) else []
+    held = [h for name in _INNER if (h := getattr(candidate, name, None)) is not None]
+    hooks = getattr(candidate, _HOOKS, None)
+    # Lightning Fabric's wrapper has its inner optimizer's attributes: hooks registered there fire for the inner one.
+    lent = any(getattr(inner, _HOOKS, None) is hooks for inner in held)
+    if isinstance(candidate, Optimizer) and hooks is not None and not lent:
+        return [candidate]
+    return next((found for inner in held if (found := _inside(inner, around))), [])
 
 
 def _plain(name: str) -> str:
@@ -162,9 +262,10 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
         return Topology(kind, model, acts=False, why=why, group=world)
 
     plain = Topology("single", model)
-    why = _engine(model, watched.optimizers)
-    if why:
-        return watching(why, "ddp" if plain.ddp is not None else "unrecognised")
+    if watched.engine:
+        return watching(watched.engine, "ddp" if plain.ddp is not None else "unrecognised")
+    if len(watched.optimizers) == len(watched.parameters) > 2:
+        return watching("every parameter has an optimizer of its own, stepping inside backward?")
     if plain.ddp is not None:
         why = _why_not(plain.ddp, watched)
         if why:
@@ -177,6 +278,11 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
             return Topology("ddp", model, group=group, hook=local_hook(plain.ddp), averaged=averaged)
         except HookTakenError:
             return Topology("ddp", model, group=group, taken=True, averaged=averaged)
+    several_ranks = joined and dist.get_world_size() > 1
+    if several_ranks and (inside := _ddp_objects(model)):
+        if {p for p in watched.parameters if p.requires_grad} <= {p for ddp in inside for p in ddp.parameters()}:
+            return watching(_SEVERAL_DDP, "ddp")
+        return watching(_DDP_INSIDE)
     if len({p.device for p in watched.parameters}) > 1:
         return watching("parameters lie on several devices")
     if any(map(is_sharded, watched.parameters)):
@@ -188,7 +294,7 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
         if why or world is None:
             return watching(f"{kind}: {why}")
         return Topology(kind, model, group=world, sharding=Sharding(world))
-    if joined and dist.get_world_size() > 1:
+    if several_ranks:
         return watching(
             "several ranks, but the model is no DistributedDataParallel; attach the DDP object, not what it wraps"
         )
@@ -197,6 +303,16 @@ def recognise(model: nn.Module, watched: Watched, world_size: int) -> Topology:
             f"WORLD_SIZE is {world_size} but there is no process group; attach after init_process_group and DDP(...)"
         )
     return plain
+
+
+_SEVERAL_DDP = (
+    "several DistributedDataParallel objects, each of which averages its gradients in a backward of its own; attach "
+    "one of them with its optimizer to have gradmon act on it"
+)
+_DDP_INSIDE = (
+    "a part of the model is no DistributedDataParallel, and nobody averages its gradients; attach the "
+    "DistributedDataParallel alone to have gradmon act on it"
+)
 
 
 def _averaged(model: DistributedDataParallel, watched: Watched) -> frozenset[int]:
@@ -217,9 +333,10 @@ _ENGINES = {
 }
 
 
-def _engine(model: nn.Module, optimizers: Sequence[Optimizer]) -> str:
+def _engine(model: nn.Module, optimizers: Sequence[object]) -> str:
     """Why this engine is only watched; empty if there is none that is known."""
-    for owner in (model, *optimizers):
+    parts = model if isinstance(model, ModelParts) else (model,)
+    for owner in (*parts, *optimizers):
         for kind in type(owner).__mro__:
             package = kind.__module__.partition(".")[0]
             if package in _ENGINES:

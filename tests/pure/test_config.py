@@ -26,6 +26,8 @@ from gradmon.config import BackoffConfig, ClipConfig, Config, ConfigError, descr
         ({"archive": ["a"]}, r"archive must be a text \(got \['a'\]\): directory that outlives the node's"),
         ({"agent": {"port": True}}, r"agent.port must be a whole number \(got True\)"),
         ({"run": 7}, r"run must be a text \(got 7\)"),
+        ({"sinks": {"wandb": True}}, r"sinks.wandb must be a text \(got True\): project in Weights & Biases"),
+        ({"sinks": {"json": "a"}}, r"unknown setting sinks.json .* did you mean sinks.jsonl\?"),
         ({"metrics": {"level": "all"}}, r"metrics.level must be one of core \| layers \| params \(got 'all'\)"),
         ({"metrics": {"series_budget": 3}}, r"metrics.series_budget must be at least 10 \(got 3\)"),
         ({"metrics": {"layers": 3}}, r"metrics.layers must be a text \(got 3\)"),

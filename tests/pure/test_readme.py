@@ -42,6 +42,39 @@ def test_the_settings_shown_are_the_defaults() -> None:
     assert loaded == Config()
 
 
+def test_the_chinese_readme_has_the_same_examples() -> None:
+    blocks = [
+        re.findall(r"^```.*?^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+        for path in (README, README.with_name("README.zh-CN.md"))
+    ]
+    assert blocks[0]
+    assert blocks[0] == blocks[1]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    text = README.with_name(name).read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 10
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path.startswith("http"):
+            continue
+        target = README.with_name(name) if not path else README.parent / path
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+def test_the_collectors_receiver_is_a_prometheus_config(tmp_path: Path, promtool: str) -> None:
+    given = yaml.safe_load(block("yaml", "receivers"))["receivers"]["prometheus"]["config"]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(given))
+    subprocess.run([promtool, "check", "config", str(tmp_path / "prometheus.yml")], check=True, capture_output=True)
+    (target,) = given["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert target == f"{Config().agent.listen}:{Config().agent.port}"
+
+
 def test_the_example_runs(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(block("python", "import gradmon"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import toy
 from ranks import RankError, Ranks
+from raw_containers import WRAPPED, OptimizersContainer, Wrapper, forget_accelerate
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,9 +55,17 @@ def test_not_an_optimizer(directory: Path, wrong: Any) -> None:
         gradmon.attach(parts()[0], wrong)
 
 
-def test_not_a_module(directory: Path) -> None:
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module \(got dict\)"):
-        gradmon.attach({}, parts()[1])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({}, r"model must be a torch.nn.Module or a list of them \(got dict\)"),
+        ([nn.Linear(2, 2), "head"], r"model must be a torch.nn.Module or a list of them \(got str\)"),
+        ((), "model is an empty list; attach at least one module"),
+    ],
+)
+def test_not_a_module(directory: Path, wrong: Any, said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        gradmon.attach(wrong, parts()[1])
 
 
 def test_twice(directory: Path) -> None:
@@ -196,6 +206,128 @@ def test_state_of_something_else(directory: Path) -> None:
         monitor.load_state_dict({})
 
 
+@pytest.mark.filterwarnings("ignore:.*(deprecated|Deprecated):")  # the frameworks' own imports
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrapped_optimizers_are_judged(directory: Path, kind: str) -> None:
+    """The step with the NaN leaves all weights; a rate that is lowered after two spikes is that of the inner one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(toy.FEATURES, 8), nn.Linear(8, 1))
+    optimizer = WRAPPED[kind](model)
+    factors = {20: float("nan"), 30: 1000.0, 31: 1000.0}
+    moved = {}
+    with gradmon.attach(model, optimizer) as monitor:
+        for step in range(1, 33):
+            optimizer.zero_grad()
+            inputs = torch.randn(16, toy.FEATURES, generator=torch.Generator().manual_seed(step))
+            ((model(inputs) - 1).square().mean() * factors.get(step, 1.0)).backward()
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.step()
+            moved[step] = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    if kind == "accelerate":
+        forget_accelerate()
+    view = read_journal(monitor.journal_path)
+    assert not [key for key, count in view.counters.items() if "errors" in key[0] and count]
+    actions = {made.step: made.action for _, made in view.steps}
+    assert len(actions) == 32, "one step for all, however many optimizers are inside"
+    assert {step: action for step, action in actions.items() if action != "none"} == {
+        20: "skip", 30: "rescale", 31: "skip",
+    }  # fmt: skip
+    assert {step for step, changed in moved.items() if not any(changed)} == {20, 31}
+
+
+def test_the_rate_is_lowered_inside_a_container(directory: Path) -> None:
+    """Its own groups have a rate that nobody reads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(toy.FEATURES, 8), nn.Linear(8, 1))
+    optimizer = OptimizersContainer(list(model.children()), lr=1e-2, weight_decay=0.0)
+    rates: list[list[float]] = []
+    for inner in optimizer.optimizers:
+        inner.register_step_post_hook(lambda inner, *_: rates[-1].append(inner.param_groups[0]["lr"]))
+    with gradmon.attach(model, optimizer):
+        for step in range(1, 36):
+            rates.append([])
+            optimizer.zero_grad()
+            inputs = torch.randn(16, toy.FEATURES, generator=torch.Generator().manual_seed(step))
+            ((model(inputs) - 1).square().mean() * (1000.0 if 30 <= step < 34 else 1.0)).backward()
+            optimizer.step()
+    assert rates[10] == [1e-2, 1e-2]
+    assert rates[33] == [pytest.approx(0.3 * 1e-2)] * 2
+
+
+@pytest.mark.parametrize(
+    ("inner", "said"),
+    [
+        (lambda wrapper: wrapper, r"Wrapper wraps an optimizer and has no step hooks .* attach the inner one"),
+        (lambda _: None, r"Wrapper wraps an optimizer and has no step hooks .* attach the inner one"),
+    ],
+    ids=["itself", "nothing"],
+)
+def test_a_wrapper_with_no_optimizer_inside(directory: Path, inner: Callable[[Any], Any], said: str) -> None:
+    model, optimizer = parts()
+    wrapper = Wrapper(optimizer, "optim")
+    wrapper.optim = inner(wrapper)
+    with pytest.raises(TypeError, match=said):
+        gradmon.attach(model, wrapper)
+
+
+def test_an_optimizer_for_every_parameter_is_watched(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As torchtitan's container for steps inside backward: no step has all gradients, so none can be skipped whole."""
+    model = toy.build()
+    each = {p: torch.optim.SGD([p], lr=1e-3) for p in model.parameters()}
+
+    def step_now(parameter: torch.Tensor) -> None:
+        each[parameter].step()
+        each[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step_now)
+    with gradmon.attach(model, each.values()) as monitor:
+        for _ in range(3):
+            model(torch.full((4, toy.FEATURES), float("nan"))).square().mean().backward()
+    assert "only watching, not acting: every parameter has an optimizer of its own" in caplog.text
+    view = read_journal(monitor.journal_path)
+    assert view.steps
+    assert not any(made.applied and made.action != "none" for _, made in view.steps)
+
+
+def test_parts_are_one_model(directory: Path) -> None:
+    """torchtitan's parts keep the names they had in the whole model; where two have one name, the number tells."""
+    whole = toy.build()
+    apart = [nn.ModuleDict({"inner": whole[0], "norm": whole[2]}), nn.ModuleDict({"up": whole[3], "head": whole[5]})]
+    optimizer = torch.optim.SGD([p for part in apart for p in part.parameters()], lr=0.1)
+    with gradmon.attach(apart, optimizer) as monitor:
+        assert monitor._watched.names == [
+            f"{m}.{k}" for m in ("inner", "norm", "up", "head") for k in ("weight", "bias")
+        ]
+    alike = (nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
+    alike[1].weight = alike[0].weight  # shared: one parameter
+    other = nn.Linear(3, 1)
+    with gradmon.attach((*alike, other), torch.optim.SGD([*alike[0].parameters(), *other.parameters()])) as monitor:
+        assert monitor._watched.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        assert len(monitor._watched.parameters) == 4
+    with gradmon.attach([whole], torch.optim.SGD(whole.parameters())) as monitor:
+        assert monitor._topology.model is whole
+        assert monitor._watched.names[0] == "0.weight"
+
+
+def test_a_nan_in_one_part_is_skipped_in_all(directory: Path) -> None:
+    model_parts: list[nn.Module] = [nn.Linear(toy.FEATURES, 8), nn.Linear(8, 1)]
+    optimizer = OptimizersContainer(model_parts, lr=1e-2, fused=True)
+    with gradmon.attach(model_parts, optimizer) as monitor:
+        for step in range(1, 4):
+            optimizer.zero_grad()
+            model_parts[1](torch.tanh(model_parts[0](torch.randn(4, toy.FEATURES)))).square().mean().backward()
+            if step == 2:
+                model_parts[1].bias.grad[0] = float("nan")  # type: ignore[index, union-attr]
+            before = [p.detach().clone() for part in model_parts for p in part.parameters()]
+            optimizer.step()
+            after = [p for part in model_parts for p in part.parameters()]
+            assert all(torch.equal(a, b) == (step == 2) for a, b in zip(before, after, strict=True))
+    written = [made for _, made in read_journal(monitor.journal_path).steps]
+    assert [(made.step, made.action) for made in written] == [(1, "none"), (2, "skip"), (3, "none")]
+    assert written[1].parameter == "1.bias"
+
+
 def test_one_verdict_for_several_optimizers(directory: Path) -> None:
     """A NaN in the second optimizer's part: none of them steps."""
     model = toy.build()
@@ -256,6 +388,70 @@ def test_the_scripts_clip_is_seen_through_an_early_import(directory: Path) -> No
 
 
 # --- several ranks -------------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """As Lightning Fabric's module: holds the DDP object, and is what the script calls."""
+
+    def __init__(self, inner: nn.Module, *, more: bool = False) -> None:
+        super().__init__()
+        self.forwarded = inner
+        self.scale = nn.Parameter(torch.ones(())) if more else 1.0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.forwarded(inputs) * self.scale
+
+
+def ddp_inside(directory: str, kind: str) -> tuple[str, list[str], bool, bool]:
+    """(topology, names, whether the step with the NaN was left out, whether ranks have equal weights at the end)."""
+    os.environ["GRADMON_DIR"] = directory
+    torch.manual_seed(0)
+    first, second = (DistributedDataParallel(nn.Linear(4, 4)) for _ in range(2))
+    model: Any = {
+        "list": [first, second],
+        "module list": nn.ModuleList([first, second]),
+        "holder": Holder(first),
+        "holder of more": Holder(first, more=True),
+        "list of one": [first],
+    }[kind]
+    modules = model if isinstance(model, list) else [model]
+    if kind == "module list":
+        modules = list(model)
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    with gradmon.attach(model, optimizer) as monitor:
+        for step in range(1, 4):
+            optimizer.zero_grad()
+            outputs = torch.full((2, 4), float("nan") if (step, toy.rank()) == (2, 1) else 0.1)
+            for module in modules:
+                outputs = torch.tanh(module(outputs))
+            outputs.sum().backward()
+            optimizer.step()
+        topology, names = str(monitor._topology), monitor._watched.names
+    applied = [r.action for _, r in read_journal(monitor.journal_path).steps if r.applied and r.action != "none"]
+    flat = torch.cat([p.detach().flatten() for p in modules[0].parameters()])[:20]
+    every = [torch.empty_like(flat) for _ in range(2)]
+    torch.distributed.all_gather(every, flat)
+    return topology, names, applied == ["skip"], torch.equal(every[0], every[1]) and bool(flat.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("kind", "topology", "name", "acts"),
+    [
+        ("list", "ddp: several DistributedDataParallel objects", "0.weight", False),
+        ("module list", "ddp: several DistributedDataParallel objects", "0.module.weight", False),
+        ("holder", "ddp", "weight", True),
+        ("holder of more", "unrecognised: a part of the model is no DistributedDataParallel", "scale", False),
+        ("list of one", "ddp", "weight", True),
+    ],
+)
+def test_ddp_objects_inside(two_ranks: Ranks, tmp_path: Path, kind: str, topology: str, name: str, acts: bool) -> None:
+    """gradmon acts on one object that holds all parameters; else it says which one to attach."""
+    for found, names, skipped, sound in two_ranks.run(ddp_inside, str(tmp_path), kind):
+        assert (found == topology) if acts else found.startswith(topology)
+        assert names[0] == name
+        assert skipped == acts
+        assert sound == acts
 
 
 def try_to_attach(directory: str, kind: str) -> tuple[str, float]:

@@ -292,7 +292,7 @@ def test_how_a_script_ended(tmp_path: Path, ending: str, state: str) -> None:
 def test_an_optimizer_wrapper_is_named(directory: Path) -> None:
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer = optimizer
+            self.hidden = optimizer  # `optimizer` and `optim` are looked into
 
     model = toy.build()
     with pytest.raises(TypeError, match=r"Wrapper wraps an optimizer .* attach the inner one"):
