@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser(argv[0] if argv else "").parse_args(argv)
-    if args.command is _run:  # what the script raises is its own
+    if argv[:1] == ["run"]:  # what the script raises is its own
         return _run(args)
     try:
         code: int = args.command(args)

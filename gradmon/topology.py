@@ -148,17 +148,18 @@ def watch(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Watch
         raise ValueError("model has no trainable parameter (requires_grad is False everywhere): nothing to watch")
     stepped = [p for o in optimizers for p in parameters_of(o)]
     foreign = [p for p in stepped if p.requires_grad and p not in named]
-    if foreign and engine:
-        own = {p: f"stepped.{number}" for number, p in enumerate(stepped)}
-        return Watched(list(own), [named.get(p, name) for p, name in own.items()], optimizers, engine)
+    wanted = set(stepped)
+    watched = [(p, name) for p, name in named.items() if p in wanted]
+    trains = any(p.requires_grad for p, _ in watched)
+    if engine and (foreign or not trains):
+        own = {p: named.get(p, f"stepped.{number}") for number, p in enumerate(stepped)} or named
+        return Watched(list(own), list(own.values()), optimizers, engine)
     if foreign:
         raise ValueError(
             f"optimizer holds {len(foreign)} parameters that are not the model's, the first of shape "
             f"{tuple(foreign[0].shape)}; attach the model whose parameters this optimizer steps"
         )
-    wanted = set(stepped)
-    watched = [(p, name) for p, name in named.items() if p in wanted]
-    if not any(p.requires_grad for p, _ in watched):
+    if not trains:
         raise ValueError("the optimizer steps none of the model's trainable parameters; attach the one that does")
     return Watched([p for p, _ in watched], [name for _, name in watched], optimizers, engine)
 

@@ -125,9 +125,11 @@ class Capture:
                 " train torch.compile(model) instead to have it in incident bundles"
             )
         else:
+            # Parts of a model are never called as one; the first is given the batch.
+            called = model[0] if isinstance(model, nn.ModuleList) and len(model) else model
             self._handles = [
-                model.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
-                model.register_forward_hook(_Hook(self._after), always_call=True),
+                called.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
+                called.register_forward_hook(_Hook(self._after), always_call=True),
             ]
 
     def step_ended(self, number: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -137,11 +137,9 @@ class Finder:
             return None
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             return None
-        loss = loss.detach()
-        used = scaler and scaler()
-        if used is not None and used.is_enabled() and used._scale is not None:
-            loss = loss / used._scale.to(loss.device)
-        return loss
+        used: Any = None if scaler is None else scaler()
+        scale: Tensor | None = used._scale if used is not None and used.is_enabled() else None
+        return loss.detach() if scale is None else loss.detach() / scale.to(loss.device)
 
     def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         inside = torch._C._current_graph_task_id() != -1
@@ -186,8 +184,7 @@ class Finder:
         if found.homeless:
             self._say(f"{found.homeless} of the optimizers' parameters belong to no torch.nn.Module: not watched")
         state = self._end(found)
-        model = found.models[0] if len(found.models) == 1 else nn.ModuleList(found.models)
-        self._monitor = gradmon_monitor.attach(model, found.optimizers, config=self._config)
+        self._monitor = gradmon_monitor.attach(found.models, found.optimizers, config=self._config)
         self._monitor.stands_in = True
         self._optimizers = found.optimizers
         self.attached = True
