@@ -18,9 +18,10 @@ from gradmon.integrations import launcher
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv[0] if argv else "").parse_args(argv)
     if argv[:1] == ["run"]:  # what the script raises is its own
-        return _run(args)
+        ours, arguments = launcher.split(argv[1:])
+        return _run(_parser("run").parse_args(["run", *ours]), arguments)
+    args = _parser(argv[0] if argv else "").parse_args(argv)
     try:
         code: int = args.command(args)
         sys.stdout.flush()
@@ -56,7 +57,6 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a training script, unchanged, and guard what it trains")
     launcher.add_arguments(run)
-    run.set_defaults(command=_run)
 
     agent = commands.add_parser("agent", help="serve /metrics and the live page for the runs of this node")
     agent.add_argument("--dir", help="directory of the journals (default: where attach() puts them)")
@@ -154,9 +154,9 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     try:
-        execute = launcher.prepare(launcher.options_of(args))
+        execute = launcher.prepare(launcher.options_of(args, arguments))
     except ValueError as error:
         print(f"gradmon: {error}", file=sys.stderr)
         return 2

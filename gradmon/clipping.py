@@ -10,6 +10,7 @@ runs untouched.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -32,6 +33,7 @@ class ClipWatch:
 
     def __init__(self, before: Callable[[list[Tensor], int], None]) -> None:
         self._before = before
+        self._pid = os.getpid()
         self._original: Callable[..., Any] | None = None
         self._wrapper: Callable[..., Any] | None = None
 
@@ -43,7 +45,8 @@ class ClipWatch:
 
         @functools.wraps(original)
         def watched(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and self._wrapper is not None:  # a traced clip can't be watched
+            # A traced clip can't be watched, and a forked process is not the rank.
+            if not torch.compiler.is_compiling() and self._wrapper is not None and os.getpid() == self._pid:
                 writes = _WRITERS.get(sys._getframe(1).f_code.co_name)
                 if writes is not None:
                     self._before(list(tensors[0]), writes)

@@ -35,15 +35,15 @@ def plain_loss(loss: Tensor | float) -> Tensor | None:
     return plain
 
 
-def mean_loss(losses: list[Tensor]) -> Tensor:
-    """Of plain losses, on the device of the first that is not on the host; nothing is waited for."""
+def joined(losses: list[Tensor], *, sums: bool) -> Tensor:
+    """Mean or sum of plain losses, on the device of the first that is not on the host; nothing is waited for."""
     device = next((loss.device for loss in losses if loss.device.type != "cpu"), losses[0].device)
     # not loss.to(device) for one that lies on the host: such a copy waits
     there = [
         loss if loss.device == device else torch.full((), float(loss), dtype=loss.dtype, device=device)
         for loss in losses
     ]
-    return torch.stack(there).mean()
+    return torch.stack(there).sum() if sums else torch.stack(there).mean()
 
 
 class LossBook:
@@ -57,6 +57,8 @@ class LossBook:
     def __init__(self, write: Callable[[LandingStep], None], observed: Observed) -> None:
         self._write = write
         self._observed = observed
+        self.sums = False
+        """True if the losses of a step are to be added up: those on which backward is called are shares of one."""
         self._losses: list[Tensor] = []
         self._follows: bool | None = None
         """True if the script observes after its step, None until it has observed."""
@@ -69,6 +71,8 @@ class LossBook:
             self._follows = stepped
         self._observed.late = self._follows or sent
         self._losses = [*self._losses[1 - MOST_LOSSES :], loss]
+        if self.sums and len(self._losses) > 1:
+            self._observed.loss = joined(self._losses, sums=True)
         if self._follows:
             self.flush()
 
@@ -92,7 +96,7 @@ class LossBook:
         losses, self._losses = self._losses, []
         try:
             if losses:
-                step.loss = HostCopy(mean_loss(losses))
+                step.loss = HostCopy(joined(losses, sums=self.sums))
         finally:
             self._write(step)
 

@@ -42,6 +42,7 @@ from gradmon.stepping import (
     Nesting,
     StepInProgress,
     has_closure,
+    hooks_on,
     is_due,
     marks_after,
     marks_of,
@@ -108,7 +109,6 @@ class Monitor:
         run: name of the run in metrics and page.
         journal_path: this rank's journal, None if it could not be opened.
         health_path: marker file that says whether the weights are fit to be kept, None if this rank writes none.
-        stands_in: True if nobody asked for it by name (`gradmon run`): the script's own `attach` then replaces it.
     """
 
     stands_in = False
@@ -171,7 +171,7 @@ class Monitor:
         )
         self.journal_path = self._journal and self._journal.path
         self._clip_watch = ClipWatch(self._before_clip)
-        self._scaler_watch = ScalerWatch(lambda optimizer: optimizer in self._actions, self._left_out)
+        self._scaler_watch = ScalerWatch(lambda o: o in self._actions and os.getpid() == self._pid, self._left_out)
         try:
             self._start_hooks()
             with self._guarded("agent"):
@@ -225,8 +225,7 @@ class Monitor:
 
     def paused(self, what: str = "evaluation") -> AbstractContextManager[None]:
         """`with monitor.paused("checkpoint"):` no step is expected and no time counted; `what` is shown."""
-        keep = None if self._journal is None or not self._attached else self._journal.keep
-        return self._clock.pausing(what, keep)
+        return self._clock.pausing(what, self._journal.keep if self._journal is not None and self._attached else None)
 
     @property
     def should_stop(self) -> bool:
@@ -347,10 +346,20 @@ class Monitor:
                 self._begin_step(optimizer, judged=False)
             self._finish(optimizer)
 
-    def end_turn(self) -> None:
-        """New gradients are about to come, of optimizers that take turns: what was stepped so far is a whole step."""
-        if self._step is not None and self._stepped:
+    def end_turn(self) -> bool:
+        """New gradients are about to come: what was stepped so far is a whole step. True if optimizers take turns."""
+        ended = self._step is not None and bool(self._stepped)
+        if ended:
             self._end_step()
+        return ended
+
+    def steps_now(self, optimizer: Optimizer) -> bool:
+        """True inside of its step."""
+        return self._nesting.depth(optimizer) > 0
+
+    def stand_in(self, *, sums: bool) -> None:
+        """Nobody asked for it by name: the script's own `attach` replaces it. `sums`: a step's losses are added up."""
+        self.stands_in, self._losses.sums = True, sums
 
     def _left_out(self, optimizer: Optimizer) -> None:
         """A GradScaler has found Inf and not called `optimizer.step()`: a step all the same, and not gradmon's skip."""
@@ -418,9 +427,7 @@ class Monitor:
         due = is_due(self._config.measure.detail_every, self._count)
         left = self._measurer.share(measured, left, extremes=due, errors=self._errors_seen)
         if not measured.synced and self._topology.acts:
-            self._say.once(
-                "gradients were not averaged over the ranks in this step (no_sync?): such steps are left alone"
-            )
+            self._say.once("gradients were not averaged over the ranks here (no_sync?): such steps are left alone")
         judged = judged and measured.synced and self._measurer.may_judge()
         if measured.failed:  # what the others see as not finite is skipped here too; all else is left alone
             judged, limits = judged and self._topology.group is not None, Limits()
@@ -562,14 +569,7 @@ class Monitor:
     def _start_hooks(self) -> None:
         self._measurer.start()
         self._scaler_watch.start()
-        for optimizer in self._actions:
-            # A hook traced into a compiled step would be silently ignored.
-            for register, hook in (
-                (optimizer.register_step_pre_hook, self._before_step),
-                (optimizer.register_step_post_hook, self._after_step),
-                (optimizer.register_state_dict_pre_hook, self._before_state_dict),
-            ):
-                self._handles.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call]
+        self._handles = hooks_on(self._actions, self._before_step, self._after_step, self._before_state_dict)
         if not self._clip_watch.start():
             self._say.once("this torch has no clip function to be watched: a clip by the script is seen afterwards")
         self._exit_watch.start()

@@ -64,12 +64,18 @@ def make_plan(
     module = one_module(model)
     watched = watch(module, optimizer)
     if dist.is_available() and dist.is_initialized():
-        local = ranks.local_rank
-        if not os.environ.get("LOCAL_RANK"):  # ranks that mp.spawn has started: by their GPU, or all on this host
-            local = dist.get_rank() if watched.device.index is None else watched.device.index
+        local = ranks.local_rank if os.environ.get("LOCAL_RANK") else _local_rank(watched.device)
         ranks = identity.RankEnvironment(dist.get_rank(), local, dist.get_world_size(), ranks.attempt)
     directory = identity.choose_directory(loaded.config.dir, os.environ)
     return Plan(watched, recognise(module, watched, ranks.world_size), loaded, directory, ranks)
+
+
+def _local_rank(device: torch.device) -> int:
+    """Of a rank that torchrun has not started: as its launcher says, by its GPU, or as if all were on this host."""
+    for name in ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return device.index if device.index is not None and torch.cuda.device_count() > 1 else dist.get_rank()
 
 
 def agree_on(plan: Plan | None, problem: Exception | None) -> Agreement:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,11 +52,31 @@ def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return (len(args) > 1 and callable(args[1])) or callable(kwargs.get("closure"))
 
 
+def hooks_on(
+    optimizers: Iterable[Optimizer], before: Callable[..., Any], after: Callable[..., Any], saving: Callable[..., Any]
+) -> list[Any]:
+    """Have them called around each step, and before a state is taken; what removes the hooks again."""
+    handles: list[Any] = []
+    for optimizer in optimizers:
+        # A hook traced into a compiled step would be silently ignored.
+        for register, hook in (
+            (optimizer.register_step_pre_hook, before),
+            (optimizer.register_step_post_hook, after),
+            (optimizer.register_state_dict_pre_hook, saving),
+        ):
+            handles.append(register(torch.compiler.disable(hook)))  # type: ignore[no-untyped-call]
+    return handles
+
+
 class Nesting:
     """Tells an optimizer's own step from a base class's that it calls: torch's hooks fire for both."""
 
     def __init__(self) -> None:
         self._depth: Counter[Optimizer] = Counter()
+
+    def depth(self, optimizer: Optimizer) -> int:
+        """Steps of it that have begun and not ended."""
+        return self._depth[optimizer]
 
     def enters(self, optimizer: Optimizer) -> bool:
         """To be called before every step; True for one inside another."""

@@ -9,24 +9,28 @@ Words used here: a *root* is a module that no other module holds.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from gradmon.topology import ModelParts
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is trained together."""
+    """What is trained together, in the order in which its optimizers were made."""
 
     models: list[nn.Module]
-    """The fewest roots that hold the optimizers' parameters; a DistributedDataParallel object before what it wraps."""
+    """The fewest roots that hold the optimizers' parameters; a DistributedDataParallel object before what it wraps.
+    Parameters that no module holds are in one of their own, at the end."""
     optimizers: list[Optimizer]
-    homeless: int
-    """Parameters of optimizers that no module holds."""
+    side_by_side: bool
+    """True for several models, each of which may have gradients of its own."""
 
     @property
     def distributed(self) -> bool:
@@ -36,20 +40,33 @@ class Found:
         )
 
 
-def discover(wanted: Callable[[Optimizer], bool]) -> Found:
+def discover(
+    wanted: Callable[[Optimizer], bool],
+    order: Callable[[Optimizer], int] = lambda _optimizer: 0,
+    bare: Optimizer | None = None,
+) -> Found:
     """Look for what is trained.
 
     Args:
         wanted: asked of every optimizer. With one come all others of its models.
+        order: which were made before which; what the garbage collector lists has none.
+        bare: an optimizer that is stepped itself although another one holds it.
     """
     modules, optimizers = _living()
-    optimizers = _outermost(optimizers)
+    optimizers = sorted(_outermost(optimizers, bare), key=order)
     chosen = [o for o in optimizers if wanted(o)]
-    roots = _roots(modules)
-    models = _covering(roots, _ids(chosen))
+    models = _covering(_roots(modules), _ids(chosen))
     held = {id(p) for m in models for p in m.parameters()}
-    optimizers = [o for o in optimizers if o in chosen or held.issuperset(_ids([o]))]
-    return Found(models, optimizers if chosen else [], len(_ids(chosen) - held))
+    optimizers = [o for o in optimizers if o in chosen or (held and held.issuperset(_ids([o])))]
+    places = {id(p): n for n, p in enumerate(p for o in optimizers for p in _trained(o))}
+    models.sort(key=lambda model: min(places.get(id(p), len(places)) for p in model.parameters()))
+    homeless = [p for o in chosen for p in _trained(o) if id(p) not in held]
+    return Found([*models, _home(homeless)] if homeless else models, optimizers, len(models) > 1)
+
+
+def remember() -> None:
+    """What is there now is found also after `gc.freeze()`, which takes it off the garbage collector's list."""
+    _remembered.extend(weakref.ref(thing) for things in _living() for thing in things)
 
 
 def ddp_of(model: nn.Module) -> DistributedDataParallel | None:
@@ -65,14 +82,20 @@ def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
         yield from (part for part in parts if isinstance(part, Optimizer))
 
 
+_remembered: list[weakref.ref[Any]] = []
+
+
 def _living() -> tuple[list[nn.Module], list[Optimizer]]:
     """Never by `isinstance`, which asks a lazy object for its class and so wakes it up."""
     found: tuple[list[nn.Module], list[Optimizer]] = ([], [])
     places: dict[type, int | None] = {}
-    for thing in gc.get_objects():
+    kept = [thing for thing in (reference() for reference in _remembered) if thing is not None]
+    for thing in {id(thing): thing for thing in (*kept, *gc.get_objects())}.values():
         kind = type(thing)
         if kind not in places:
             places[kind] = 0 if issubclass(kind, nn.Module) else 1 if issubclass(kind, Optimizer) else None
+            if kind in (_Home, ModelParts):  # gradmon's own
+                places[kind] = None
         place = places[kind]
         if place is not None:
             found[place].append(thing)
@@ -80,18 +103,30 @@ def _living() -> tuple[list[nn.Module], list[Optimizer]]:
     return [m for m in found[0] if "_modules" in vars(m)], [o for o in found[1] if "param_groups" in vars(o)]
 
 
+def _trained(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
 def _ids(optimizers: Iterable[Optimizer]) -> set[int]:
-    """Of the parameters they train."""
-    groups = (group for o in optimizers for group in o.param_groups)
-    return {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    return {id(p) for o in optimizers for p in _trained(o)}
 
 
-def _outermost(optimizers: list[Optimizer]) -> list[Optimizer]:
+class _Home(nn.Module):
+    """Holds parameters that are in no module: a learnt temperature is often a bare tensor."""
+
+
+def _home(tensors: list[Tensor]) -> nn.Module:
+    home = _Home()
+    home._parameters.update({f"tensor_{n}": t for n, t in enumerate(dict.fromkeys(tensors))})  # type: ignore[misc]
+    return home
+
+
+def _outermost(optimizers: list[Optimizer], bare: Optimizer | None) -> list[Optimizer]:
     """Without those that another steps (but with the parts of a container), and without those that do nothing."""
     hidden: set[int] = set()
     for optimizer in optimizers:
         inner = [o for o in inner_optimizers(optimizer) if o is not optimizer]
-        if inner and "_optimizer_step_pre_hooks" in vars(optimizer) and len(inner) == 1:
+        if len(inner) == 1 and inner[0] is not bare and "_optimizer_step_pre_hooks" in vars(optimizer):
             hidden.add(id(inner[0]))
         elif inner:
             hidden.add(id(optimizer))

@@ -8,6 +8,7 @@ gradmon are taken from its traceback. torch is not imported before the script do
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.abc
@@ -55,9 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
 
 
-def options_of(args: argparse.Namespace) -> RunOptions:
-    """From what `add_arguments` has parsed."""
-    return RunOptions(args.script, args.arguments, args.module, args.observe, args.gradmon_config)
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(What is gradmon's, with the script; the script's own arguments). argparse would drop a `--` of the script's."""
+    place = 0
+    while place < len(argv) and argv[place].startswith("-"):
+        place += 2 if argv[place] == "--gradmon-config" else 1
+    return list(argv[: place + 1]), list(argv[place + 1 :])
+
+
+def options_of(args: argparse.Namespace, arguments: Sequence[str]) -> RunOptions:
+    """From what `add_arguments` has parsed, and the script's own arguments."""
+    return RunOptions(args.script, arguments, args.module, args.observe, args.gradmon_config)
 
 
 def prepare(options: RunOptions) -> Callable[[], None]:
@@ -231,6 +240,10 @@ class _Search:
 
             self._finder = Finder(self._settings, _say)
             self._finder.start()
+            if "torch._dynamo" in sys.modules:
+                self._finder.compiler_came()
+            else:
+                sys.meta_path.insert(0, _AfterImport("torch._dynamo", self._finder.compiler_came))
         except Exception as error:
             self._broken = True
             _say(f"can't look into this torch: {type(error).__name__}: {error}. The script goes on without gradmon")
@@ -239,6 +252,8 @@ class _Search:
         """The script has come to its end: if nothing was watched, say why."""
         if self._broken or _led or (self._finder is not None and self._finder.attached):
             return
+        if self._finder is not None and self._finder.stepped:
+            return  # why it was not watched has been said
         torch = "stepped an optimizer" if self._finder is not None else "imported torch"
         if os.environ.get("RANK", "0") == "0":
             _say(
@@ -248,11 +263,12 @@ class _Search:
 
 
 def _say(message: str) -> None:
-    """Where the script's logging goes, or to stderr."""
-    if logger.hasHandlers():
-        logger.log(logging.WARNING, "%s", message)
-    else:
-        print(f"gradmon: {message}", file=sys.stderr)
+    """Where the script's logging goes, or to stderr; a filter of the script's that raises must not end it."""
+    with contextlib.suppress(Exception):
+        if logger.hasHandlers():
+            logger.log(logging.WARNING, "%s", message)
+        else:
+            print(f"gradmon: {message}", file=sys.stderr)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -289,5 +305,6 @@ class _AfterImport(importlib.abc.MetaPathFinder):
                     sys.meta_path.remove(self)
                     self._then()
 
-            loader.exec_module = and_then
+            with contextlib.suppress(AttributeError):  # a loader that lets nothing be set: then nothing is watched
+                loader.exec_module = and_then
         return spec

@@ -68,14 +68,14 @@ def clip_by_name(model: nn.Module) -> None:
 
 
 def scaler(model: nn.Module) -> None:
-    """With two micro-steps per step, and a loss divided after it was scaled."""
+    """With two micro-steps per step, whose losses are divided as people do it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     found = list(batches(2 * STEPS))
     for first, second in zip(found[::2], found[1::2], strict=True):
         optimizer.zero_grad()
         for context, target in (first, second):
-            grad_scaler.scale(loss_of(model, context, target)).backward()
+            grad_scaler.scale(loss_of(model, context, target) / 2).backward()
         grad_scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         grad_scaler.step(optimizer)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradmon.journal import JournalView, read_journal
 
+pytestmark = pytest.mark.timeout(600)  # torch's import alone takes a minute where many tests run at once
 HERE = Path(__file__).parent
 RUN = ("-m", "gradmon", "run")
 LOOPS = (
@@ -35,7 +36,7 @@ def start(*command: str, folder: Path, **variables: str) -> subprocess.Completed
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -150,6 +151,12 @@ def test_every_loop_was_watched_from_its_first_step_on(loops: dict[str, Any]) ->
     assert steps == {name: [list(range(1, 1 + expected.get(name, 12)))] for name in steps}
 
 
+def test_models_side_by_side_are_only_watched(loops: dict[str, Any]) -> None:
+    """A norm that is usual for one of them may be a spike for the other."""
+    assert [journal.identity.mode for journal in loops["journals"]] == ["guard"] * len(LOOPS) + ["observe"]
+    assert loops["said"].count("only watching, not acting: several optimizers take turns") == 1
+
+
 def test_norms_are_those_before_the_clip_and_losses_those_before_the_scale(loops: dict[str, Any]) -> None:
     plain, by_attribute, by_name, scaled = (
         [r for _, r in journal.steps] for journal in loops["journals"][: LOOPS.index("scaler") + 1]
@@ -169,7 +176,7 @@ import neighbour
 parser = argparse.ArgumentParser()
 parser.add_argument("--observe", type=int)
 parser.add_argument("-m")
-print(sys.argv, parser.parse_args(), __name__, __file__, __package__, __spec__ and __spec__.name, sys.path[0])
+print(sys.argv, parser.parse_known_args(), __name__, __file__, __package__, __spec__ and __spec__.name, sys.path[0])
 print(sys.modules["__main__"].__dict__ is globals(), "torch" in sys.modules, __builtins__, __doc__)
 """
     script(tmp_path, "", "inner/neighbour.py")
@@ -178,7 +185,7 @@ print(sys.modules["__main__"].__dict__ is globals(), "torch" in sys.modules, __b
     script(tmp_path, "import neighbour", "inner/__main__.py")
     script(tmp_path, look.replace("import neighbour", "from . import neighbour"), "inner/module.py")
     for target in (["inner/look.py"], ["-m", "inner.module"]):
-        arguments = [*target, "--observe", "3", "-m", "x y"]
+        arguments = [*target, "--observe", "3", "-m", "x y", "--"]
         plain, ours = start(*arguments, folder=tmp_path), start(*RUN, *arguments, folder=tmp_path)
         assert plain.returncode == 0, plain.stderr
         assert (ours.returncode, ours.stdout) == (0, plain.stdout), ours.stderr
@@ -253,6 +260,92 @@ def test_ranks_that_it_starts_by_spawn_are_watched(tmp_path: Path) -> None:
     assert "nothing was watched" not in done.stderr
 
 
+ODD = """
+import gc, threading
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch._subclasses import FakeTensorMode
+
+def train(model, optimizer, steps=4, nan_at=2):
+    for step in range(steps):
+        loss = model(torch.randn(8, 4)).square().mean() * (float("nan") if step == nan_at else 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+def another_hook():
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        for p in model.parameters():  # no backward: attached inside of the step, while torch goes through its hooks
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    handle.remove()
+
+def rehearsal():
+    with FakeTensorMode():
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(8, 4)).mean().backward()
+        optimizer.step()
+
+def frozen():
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gc.freeze()
+    train(model, optimizer)
+    gc.unfreeze()
+
+def bare_tensor():
+    model, temperature = torch.nn.Linear(4, 1), torch.zeros(1, requires_grad=True)
+    train(model, torch.optim.AdamW([*model.parameters(), temperature]))
+
+class SAM(torch.optim.Optimizer):
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, {})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, **options)
+    def second_step(self):
+        self.base_optimizer.step()
+
+def never_steps_itself():
+    model = torch.nn.Linear(4, 1)
+    optimizer = SAM(model.parameters(), lr=0.1)
+    optimizer.step = optimizer.second_step
+    train(model, optimizer)
+
+def in_a_thread():
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    thread = threading.Thread(target=train, args=(model, optimizer))
+    thread.start()
+    thread.join()
+
+torch.manual_seed(0)
+in_a_thread()
+"""
+ODD_LOOPS = ("another_hook", "rehearsal", "frozen", "bare_tensor", "never_steps_itself")
+
+
+def test_odd_loops_run_and_are_watched(tmp_path: Path) -> None:
+    for folder, text in (
+        ("main", ODD.rpartition("in_a_thread()")[0] + "\n".join(f"{n}()" for n in ODD_LOOPS)),
+        ("thread", ODD),
+    ):
+        (tmp_path / folder).mkdir()
+        done = start(*RUN, script(tmp_path / folder, text), folder=tmp_path / folder)
+        assert done.returncode == 0, done.stderr
+        steps = [[r.action for _, r in journal.steps] for journal in journals(tmp_path / folder)]
+        healthy, guarded = ["none"] * 4, ["none", "none", "skip", "none"]
+        if folder == "thread":
+            assert steps == [guarded]
+            continue
+        # SAM's is attached twice: for itself, and when what it holds steps instead.
+        assert [s for s in steps if s] == [healthy, guarded, guarded, guarded]
+        assert "not watching" not in done.stderr
+
+
 # --- what gradmon says -----------------------------------------------------------------------------------------------
 
 TRAINS = """
@@ -305,6 +398,13 @@ def test_what_it_says_where_there_is_nothing_to_do(tmp_path: Path) -> None:
     without = start(*RUN, script(tmp_path, "print('fine')"), folder=tmp_path)
     assert (without.returncode, without.stdout) == (0, "fine\n")
     assert without.stderr.startswith("gradmon: nothing was watched: the script never imported torch")
+    raising = """
+import logging
+def refuse(record): raise RuntimeError("a filter of the script's")
+logging.basicConfig()
+logging.getLogger("gradmon").addFilter(refuse)
+"""
+    assert start(*RUN, script(tmp_path, raising), folder=tmp_path).returncode == 0
 
 
 def test_a_script_that_forks_trains_on(tmp_path: Path) -> None:
