@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MISSING = "is not installed: left out"
 _left_out: list[str] = []
+_slow: list[pytest.Item] = []
 #: What only a GPU can show; no machine without one can run it, whatever is installed.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 #: The library that the dashboards are built with needs Python 3.11; what is built does not.
@@ -95,7 +96,13 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
     _note(report)
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _slow.extend(item for item in items if item.get_closest_marker("slow"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _slow:
+        terminalreporter.line(f"{len(_slow)} slow tests are part of `make test-all` only (here: pytest -m '')")
     if _TOO_OLD:
         terminalreporter.line(
             "tests/dashboards: building them needs Python 3.11, so these tests are not part of this run"

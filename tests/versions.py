@@ -41,7 +41,7 @@ class Row:
     """What pip is asked for beside gradmon's own needs; a name alone is its newest version."""
     tests: tuple[str, ...]
     """Empty: pip only has to find versions that fit together."""
-    extras: str = "test"
+    extras: str = "test,trainers"
     built: str = ""
     """Asked for afterwards: what is built with the torch that is there."""
 
@@ -54,7 +54,7 @@ ROWS = (
         ("transformers", "accelerate", "lightning", "trl"), ("tests/integrations",),
     ),
     Row("deepspeed", "DeepSpeed, its engine on CPU", (), ("tests/training/test_raw_loops.py",), built="deepspeed"),
-    Row("extras", "all extras together", (), (), "explain,huggingface,lightning,tensorboard,wandb,test"),
+    Row("extras", "all extras together", (), (), "explain,huggingface,lightning,tensorboard,wandb,test,trainers"),
 )  # fmt: skip
 
 
@@ -172,6 +172,8 @@ def test(outcome: Outcome, home: Path) -> None:
         "-m",
         "pytest",
         "-q",
+        "-m",
+        "",  # the slow ones, too
         "--timeout",
         "400",
         f"--junitxml={report}",

@@ -13,7 +13,8 @@ from gradmon.journal import read_journal
 from gradmon.record import StepRecord
 
 Found = dict[str, Any]
-pytestmark = pytest.mark.timeout(hf_launch.SECONDS + 10)  # the first test waits for all trainings
+# The first test waits for all trainings.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(hf_launch.SECONDS + 10)]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ MICRO_STEPS = [2, 2, 2, 2, 2, 1] * 2
 TIMES = ("runtime", "per_second")
 
 Found = dict[str, Any]
-pytestmark = pytest.mark.timeout(hf_launch.SECONDS + 10)  # the first test waits for all trainings
+# The first test waits for all trainings.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(hf_launch.SECONDS + 10)]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,10 @@ from raw_runs import BROKEN, STEPS
 from toy import equal
 
 #: What dynamo and DTensor themselves warn of.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.fixture
@@ -32,10 +35,13 @@ def ranks(request: pytest.FixtureRequest) -> Ranks:
 
 
 KINDS = [
-    (2, "parts", "fsdp2", 0.05), (4, "parts, hsdp", "hsdp", 0.05),
-    (2, "parts, compiled", "fsdp2", 0.05), (2, "ddp of compiled", "ddp", 0.05),
-    (2, "ddp of compiled in place", "ddp", None), (2, "compiled ddp and step", "ddp", 0.05),
-]  # fmt: skip
+    (2, "parts", "fsdp2", 0.05),
+    (2, "compiled ddp and step", "ddp", 0.05),
+    (4, "parts, hsdp", "hsdp", 0.05),
+    (2, "parts, compiled", "fsdp2", 0.05),
+    (2, "ddp of compiled", "ddp", 0.05),
+    (2, "ddp of compiled in place", "ddp", None),
+]
 
 
 @pytest.mark.parametrize(("ranks", "kind", "topology", "clip"), KINDS, indirect=["ranks"])
