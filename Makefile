@@ -15,7 +15,7 @@ demo: ## a small training run that explodes and is kept alive, with its page (AR
 
 test: ## all tests this machine can run (ARGS="-k agent")
 	@.ci/bootstrap test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(bin)/python -m pytest $(ARGS) # else threads of many ranks spin for few cores
+	$(bin)/python -m pytest $(ARGS)
 
 test-all: ## what matters of them with the oldest torch and the newest of everything; takes long
 	@.ci/bootstrap test
