@@ -20,7 +20,7 @@ from gradmon.detector import Limits
 from gradmon.measuring import Measured
 from gradmon.noise import NoiseScale
 from gradmon.policy import incident
-from gradmon.record import DETAIL_COLUMNS, STATISTICS, Detail, Event, Finding, StepRecord, finite
+from gradmon.record import DETAIL_COLUMNS, STATISTICS, Detail, Event, Finding, RankIdentity, StepRecord, finite
 from gradmon.replicas import differing
 from gradmon.rows import (
     ROW,
@@ -348,19 +348,18 @@ class Lander:
     """Sends one rank's finished steps on their way to the host.
 
     Args:
-        rank: this one's.
-        world_size: number of ranks.
+        identity: who this rank is.
         names: of the watched parameters.
-        comparable: see `StepContext`.
         judge_weights: is given what is known of each parameter, where it is this rank that judges; on the journal's
             thread.
+        comparable: see `StepContext`.
     """
 
     def __init__(
-        self, *, rank: int, world_size: int, names: list[str], comparable: bool, judge_weights: JudgeWeights | None
+        self, identity: RankIdentity, names: list[str], judge_weights: JudgeWeights | None, *, comparable: bool
     ) -> None:
-        self._rank = rank
-        self._world_size = world_size
+        self._rank = identity.rank
+        self._world_size = identity.world_size
         self._names = names
         self._comparable = comparable
         self._judge_weights = judge_weights

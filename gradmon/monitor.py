@@ -112,6 +112,7 @@ class Monitor:
     """
 
     stands_in = False
+    """True if nobody asked for it by name (`gradmon run`): the script's own `attach` replaces it."""
 
     def __init__(self, plan: Plan, agreement: Agreement, sinks: Iterable[Sink] = ()) -> None:
         self._watched = plan.watched
@@ -152,22 +153,13 @@ class Monitor:
         self.health_path = self._health.path
         self._watches = Watches(plan, self._identity, self._reporter, self._clock, self._measurer)
         self._lander = Lander(
-            rank=self._identity.rank,
-            world_size=self._identity.world_size,
-            names=self._watched.names,
-            comparable=self._topology.whole_rows,
-            judge_weights=self._watches.judge_weights,
+            self._identity, self._watched.names, self._watches.judge_weights, comparable=self._topology.whole_rows
         )
         self._exit_watch = ExitWatch(self._close, patient=self._topology.hook is not None)
         self._outlets = Outlets(sinks, self._identity, self._failed, self._say.once, self._exit_watch.come_first)
+        samples = (self._guard.sample, self._watches.samples)
         self._journal = self._reporter.journal = open_journal(
-            plan,
-            self._identity,
-            self._failed,
-            self._say.once,
-            self._health,
-            (self._guard.sample, self._watches.samples),
-            self._outlets.put,
+            plan, self._identity, self._failed, self._say.once, self._health, samples, self._outlets.put
         )
         self.journal_path = self._journal and self._journal.path
         self._clip_watch = ClipWatch(self._before_clip)
@@ -358,7 +350,7 @@ class Monitor:
         return self._nesting.depth(optimizer) > 0
 
     def stand_in(self, *, sums: bool) -> None:
-        """Nobody asked for it by name: the script's own `attach` replaces it. `sums`: a step's losses are added up."""
+        """Make way for the script's own `attach`. `sums`: the losses observed in a step are added up, not averaged."""
         self.stands_in, self._losses.sums = True, sums
 
     def _left_out(self, optimizer: Optimizer) -> None:

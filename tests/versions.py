@@ -116,7 +116,7 @@ def run(row: Row, folder: Path | None, tests: tuple[str, ...]) -> Outcome:
                 install(row, home)
                 outcome.versions, outcome.python = versions_in(home)
                 say(row, f"installed: {shown(outcome.versions)}; {' '.join(tests)}")
-                test(outcome, home)
+                run_tests(outcome, home)
             else:
                 resolve(outcome, home)
         except subprocess.CalledProcessError as error:
@@ -163,7 +163,7 @@ def versions_in(home: Path) -> tuple[dict[str, str], str]:
     return versions, python.strip()
 
 
-def test(outcome: Outcome, home: Path) -> None:
+def run_tests(outcome: Outcome, home: Path) -> None:
     """Run pytest there and read its report; fails only where pytest itself could not run."""
     report = home / "report.xml"
     report.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ Words used here: a *root* is a module that no other module holds.
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -89,15 +90,16 @@ def _living() -> tuple[list[nn.Module], list[Optimizer]]:
     """Never by `isinstance`, which asks a lazy object for its class and so wakes it up."""
     found: tuple[list[nn.Module], list[Optimizer]] = ([], [])
     places: dict[type, int | None] = {}
-    kept = [thing for thing in (reference() for reference in _remembered) if thing is not None]
-    for thing in {id(thing): thing for thing in (*kept, *gc.get_objects())}.values():
+    seen: set[int] = set()
+    for thing in itertools.chain(gc.get_objects(), (reference() for reference in _remembered)):
         kind = type(thing)
         if kind not in places:
             places[kind] = 0 if issubclass(kind, nn.Module) else 1 if issubclass(kind, Optimizer) else None
             if kind in (_Home, ModelParts):  # gradmon's own
                 places[kind] = None
         place = places[kind]
-        if place is not None:
+        if place is not None and id(thing) not in seen:
+            seen.add(id(thing))
             found[place].append(thing)
     # One whose __init__ has not come through yet has nothing in it.
     return [m for m in found[0] if "_modules" in vars(m)], [o for o in found[1] if "param_groups" in vars(o)]

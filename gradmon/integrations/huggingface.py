@@ -256,7 +256,7 @@ def _train(trainer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
 
 def _attach(trainer: Any, config: Any) -> Monitor | None:
     """To what the Trainer really trains; None, and a word about it, where an engine leaves nothing to watch."""
-    taken = monitors._active is not None
+    taken = monitors._active is not None and not monitors._active.stands_in
     try:
         return attach(trainer.model_wrapped, trainer.optimizer, config=config)
     except RuntimeError as error:

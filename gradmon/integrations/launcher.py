@@ -252,13 +252,15 @@ class _Search:
         """The script has come to its end: if nothing was watched, say why."""
         if self._broken or _led or (self._finder is not None and self._finder.attached):
             return
-        if self._finder is not None and self._finder.stepped:
-            return  # why it was not watched has been said
-        torch = "stepped an optimizer" if self._finder is not None else "imported torch"
+        why = "the script never imported torch in this process"
+        if self._finder is not None:
+            why = "the script never stepped an optimizer in this process"
+            if self._finder.stepped:
+                why = "no model was found that the script's optimizers train"
         if os.environ.get("RANK", "0") == "0":
             _say(
-                f"nothing was watched: the script never {torch} in this process. Forked processes that train are "
-                f"not seen: call gradmon.attach(model, optimizer) there, or start the ranks with torchrun"
+                f"nothing was watched: {why}. Forked processes that train are not seen: call "
+                f"gradmon.attach(model, optimizer) there, or start the ranks with torchrun"
             )
 
 
