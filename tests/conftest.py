@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -36,6 +37,11 @@ def _interpret_triton() -> None:
 
 if not torch.cuda.is_available():  # tests/gpu need the compiled kernels
     _interpret_triton()
+
+
+# A CI's background job ignores it, and so would all that tests start and end by it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _tool(*names: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import multiprocessing
 import shutil
 import statistics
 import sys
@@ -197,7 +196,7 @@ def run_all(jobs: Sequence[Job], processes: int, tell: Callable[[Job, Result], N
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         home = Path(folder)
         single = [job for job in jobs if INJECTIONS[job.injection].ranks == 1]
-        context = multiprocessing.get_context("spawn")
+        context = ranks.context()
         if single:
             with ProcessPoolExecutor(min(processes, len(single)), mp_context=context) as pool:
                 waiting = {pool.submit(run, job, str(home / _folder(job))): job for job in single}

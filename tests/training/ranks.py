@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import pytest
@@ -22,6 +23,13 @@ SECONDS = 60
 
 class RankError(Exception):
     """A rank raised; the text holds its traceback."""
+
+
+def context() -> ForkServerContext:
+    """Processes are forked from one that has imported torch and done nothing else: to import it is what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "gradmon"])
+    return context
 
 
 class Ranks:
@@ -74,10 +82,10 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        processes = context()
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port), daemon=True)
+            ours, theirs = processes.Pipe()
+            process = processes.Process(target=_serve, args=(theirs, rank, self.world_size, port), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

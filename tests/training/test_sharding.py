@@ -159,9 +159,18 @@ def test_a_scaler_over_shards(two_ranks: Ranks, optimizer: str, clip: float | No
             assert written[step].local_grad_norm == pytest.approx(local[rank], rel=1e-5), "unscaled"
 
 
-@pytest.mark.parametrize("optimizer", ["fused_adamw", "adamw", "sgd"])
 @pytest.mark.parametrize(
-    ("ranks", "kind"), [(2, "fsdp2"), (4, "fsdp2"), (4, "hsdp"), (4, "fsdp2+tp")], indirect=["ranks"]
+    ("ranks", "kind", "optimizer"),
+    [
+        (2, "fsdp2", "fused_adamw"),
+        (2, "fsdp2", "adamw"),
+        (2, "fsdp2", "sgd"),
+        (4, "fsdp2", "adamw"),
+        (4, "hsdp", "fused_adamw"),
+        (4, "fsdp2+tp", "fused_adamw"),
+        (4, "fsdp2+tp", "sgd"),
+    ],
+    indirect=["ranks"],
 )
 def test_a_nan_is_skipped_alike(ranks: Ranks, kind: str, optimizer: str, tmp_path: Path) -> None:
     nan = ((1, 10, 1, "up.weight"),)
@@ -182,9 +191,18 @@ def test_a_nan_is_skipped_alike(ranks: Ranks, kind: str, optimizer: str, tmp_pat
         assert equal(results[0].parameters, result.parameters)
 
 
-@pytest.mark.parametrize("clip", [None, 100.0])
-@pytest.mark.parametrize("optimizer", ["fused_adamw", "sgd"])
-@pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp2"), (4, "hsdp")], indirect=["ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "kind", "optimizer", "clip"),
+    [
+        (2, "fsdp2", "fused_adamw", None),
+        (2, "fsdp2", "fused_adamw", 100.0),
+        (2, "fsdp2", "sgd", None),
+        (2, "fsdp2", "sgd", 100.0),
+        (4, "hsdp", "fused_adamw", 100.0),
+        (4, "hsdp", "sgd", None),
+    ],
+    indirect=["ranks"],
+)
 def test_a_spike_is_rescaled_alike(ranks: Ranks, kind: str, optimizer: str, clip: float | None, tmp_path: Path) -> None:
     task = Task(str(tmp_path), kind, steps=24, optimizer=optimizer, clip=clip, spike=((1, 20),))
     results = ranks.run(sharded.train, task)
@@ -273,7 +291,7 @@ def faults(world: int) -> Iterator[tuple[int, tuple[int, int, int, str]]]:
     """Ten seeds: (seed, (rank, step, micro-step, parameter))."""
     for seed in range(10):
         draw = random.Random(seed)
-        yield seed, (draw.randrange(world), draw.randint(4, 6), draw.randint(1, 3), draw.choice(PARAMETERS))
+        yield seed, (draw.randrange(world), draw.randint(2, 4), draw.randint(1, 3), draw.choice(PARAMETERS))
 
 
 def found(records: dict[int, StepRecord]) -> list[tuple[Any, ...]]:
@@ -283,7 +301,7 @@ def found(records: dict[int, StepRecord]) -> list[tuple[Any, ...]]:
 def ten_seeds(directory: str, kind: str, world: int, sync_each: bool) -> list[list[tuple[Any, ...]]]:
     every = []
     for seed, fault in faults(world):
-        task = Task(directory, kind, steps=7, accumulate=3, sync_each=sync_each, nan=(fault,), seed=seed)
+        task = Task(directory, kind, steps=5, accumulate=3, sync_each=sync_each, nan=(fault,), seed=seed)
         every.append(found(records(sharded.train(task))))
     return every
 
