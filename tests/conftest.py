@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from browsing import SWITCHES
 
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
 
 _MISSING = "is not installed: left out"
 _left_out: list[str] = []
-_slow: list[pytest.Item] = []
 #: What only a GPU can show; no machine without one can run it, whatever is installed.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 #: The library that the dashboards are built with needs Python 3.11; what is built does not.
@@ -35,8 +38,10 @@ def _interpret_triton() -> None:
         importlib.import_module("triton.language")
 
 
-if not torch.cuda.is_available():  # tests/gpu need the compiled kernels
-    _interpret_triton()
+def pytest_configure(config: pytest.Config) -> None:
+    distributes = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if not (distributes or torch.cuda.is_available()):  # tests/gpu need the compiled kernels
+        _interpret_triton()
 
 
 # A CI's background job ignores it, and so would all that tests start and end by it.
@@ -102,13 +107,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
     _note(report)
 
 
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    _slow.extend(item for item in items if item.get_closest_marker("slow"))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _slow:
-        terminalreporter.line(f"{len(_slow)} slow tests are part of `make test-all` only (here: pytest -m '')")
     if _TOO_OLD:
         terminalreporter.line(
             "tests/dashboards: building them needs Python 3.11, so these tests are not part of this run"

@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests" / "bench" / "results"
-CORE = ("tests/pure", "tests/training", "tests/agent")
+CORE = ("tests/pure", "tests/training", "tests/launcher")
 SHOWN = ("torch", "transformers", "accelerate", "lightning", "trl", "deepspeed")
 #: Longest that one row's tests may take. The CUDA build of torch takes seconds to import, in hundreds of processes.
 MINUTES = 60
@@ -41,7 +41,7 @@ class Row:
     """What pip is asked for beside gradmon's own needs; a name alone is its newest version."""
     tests: tuple[str, ...]
     """Empty: pip only has to find versions that fit together."""
-    extras: str = "test,trainers"
+    extras: str = "test"
     built: str = ""
     """Asked for afterwards: what is built with the torch that is there."""
 
@@ -54,7 +54,7 @@ ROWS = (
         ("transformers", "accelerate", "lightning", "trl"), ("tests/integrations",),
     ),
     Row("deepspeed", "DeepSpeed, its engine on CPU", (), ("tests/training/test_raw_loops.py",), built="deepspeed"),
-    Row("extras", "all extras together", (), (), "explain,huggingface,lightning,tensorboard,wandb,test,trainers"),
+    Row("extras", "all extras together", (), (), "explain,huggingface,lightning,tensorboard,wandb,test"),
 )  # fmt: skip
 
 
@@ -172,8 +172,6 @@ def run_tests(outcome: Outcome, home: Path) -> None:
         "-m",
         "pytest",
         "-q",
-        "-m",
-        "",  # the slow ones, too
         "--timeout",
         "400",
         f"--junitxml={report}",

@@ -14,7 +14,7 @@ from gradmon.record import StepRecord
 
 Found = dict[str, Any]
 # The first test waits for all trainings.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(hf_launch.SECONDS + 10)]
+pytestmark = pytest.mark.timeout(hf_launch.SECONDS + 10)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ TIMES = ("runtime", "per_second")
 
 Found = dict[str, Any]
 # The first test waits for all trainings.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(hf_launch.SECONDS + 10)]
+pytestmark = pytest.mark.timeout(hf_launch.SECONDS + 10)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import pytest
 
 from gradmon.journal import read_journal
 
-pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 #: What the jobs' clip leaves; manual ones clip two optimizers' gradients, each to 0.05.
 CLIPPED, CLIPPED_TWICE = 0.05, 0.05 * math.sqrt(2)

@@ -12,7 +12,7 @@ import pytest
 
 from gradmon.journal import read_journal
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 HUGGING_FACE = """

@@ -133,12 +133,10 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.slow
 def test_every_loop_has_the_same_weights(loops: dict[str, Any], name: str) -> None:
     assert same(loops["with"][name], loops["without"][name])
 
 
-@pytest.mark.slow
 def test_every_loop_was_watched_from_its_first_step_on(loops: dict[str, Any]) -> None:
     """One attempt for each; late_optimizer has two, the second going on where the first was."""
     names = [*LOOPS[:5], "late_optimizer", *LOOPS[5:]]
@@ -153,14 +151,12 @@ def test_every_loop_was_watched_from_its_first_step_on(loops: dict[str, Any]) ->
     assert steps == {name: [list(range(1, 1 + expected.get(name, 12)))] for name in steps}
 
 
-@pytest.mark.slow
 def test_models_side_by_side_are_only_watched(loops: dict[str, Any]) -> None:
     """A norm that is usual for one of them may be a spike for the other."""
     assert [journal.identity.mode for journal in loops["journals"]] == ["guard"] * len(LOOPS) + ["observe"]
     assert loops["said"].count("only watching, not acting: several optimizers take turns") == 1
 
 
-@pytest.mark.slow
 def test_norms_are_those_before_the_clip_and_losses_those_before_the_scale(loops: dict[str, Any]) -> None:
     plain, by_attribute, by_name, scaled = (
         [r for _, r in journal.steps] for journal in loops["journals"][: LOOPS.index("scaler") + 1]
@@ -250,7 +246,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_ranks_that_it_starts_by_spawn_are_watched(tmp_path: Path) -> None:
     import socket
 
@@ -331,7 +326,6 @@ torch.manual_seed(0)
 """
 
 
-@pytest.mark.slow
 def test_odd_loops_run_and_are_watched(tmp_path: Path) -> None:
     calls = "another_hook(), rehearsal(), frozen(), bare_tensor(), never_steps_itself()"
     done = start(*RUN, script(tmp_path, ODD + calls), folder=tmp_path)
@@ -343,7 +337,6 @@ def test_odd_loops_run_and_are_watched(tmp_path: Path) -> None:
     assert "not watching" not in done.stderr
 
 
-@pytest.mark.slow
 def test_training_in_a_thread_is_watched(tmp_path: Path) -> None:
     done = start(*RUN, script(tmp_path, ODD + "in_a_thread()"), folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -366,7 +359,6 @@ def step(nan=False):
 """
 
 
-@pytest.mark.slow
 def test_observe_only_watches(tmp_path: Path) -> None:
     name = script(tmp_path, TRAINS + "step(); step(nan=True); assert not model.weight.isfinite().all()")
     done = start(*RUN, "--observe", name, folder=tmp_path)
@@ -375,7 +367,6 @@ def test_observe_only_watches(tmp_path: Path) -> None:
     assert [(r.action, r.applied) for _, r in journal.steps][1] == ("skip", False)
 
 
-@pytest.mark.slow
 def test_a_config_by_option_or_environment(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("run: by-option\n")
     name = script(tmp_path, TRAINS + "step()")
@@ -414,7 +405,6 @@ logging.getLogger("gradmon").addFilter(refuse)
     assert start(*RUN, script(tmp_path, raising), folder=tmp_path).returncode == 0
 
 
-@pytest.mark.slow
 def test_a_script_that_forks_trains_on(tmp_path: Path) -> None:
     forks = """
 import os
@@ -430,7 +420,6 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert [r.step for _, r in journal.steps] == list(range(1, 7)), "the parent's, and no step of the child's"
 
 
-@pytest.mark.slow
 def test_an_optimizer_in_backward_is_left_alone(tmp_path: Path) -> None:
     inside = """
 for p in model.parameters():
@@ -452,7 +441,6 @@ torch.save(model.state_dict(), "weights.pt")
     assert done.stderr.count("optimizers that step inside of backward") == 1
 
 
-@pytest.mark.slow
 def test_a_script_that_attaches_by_itself_has_its_way(tmp_path: Path) -> None:
     by_itself = """
 import gradmon

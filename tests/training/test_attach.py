@@ -207,10 +207,7 @@ def test_state_of_something_else(directory: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*(deprecated|Deprecated):")  # the frameworks' own imports
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=pytest.mark.slow) if k in ("accelerate", "lightning fabric") else k for k in WRAPPED],
-)
+@pytest.mark.parametrize("kind", WRAPPED)
 def test_wrapped_optimizers_are_judged(directory: Path, kind: str) -> None:
     """The step with the NaN leaves all weights; a rate that is lowered after two spikes is that of the inner one."""
     torch.manual_seed(0)

@@ -21,10 +21,7 @@ from raw_runs import BROKEN, STEPS
 from toy import equal
 
 #: What dynamo and DTensor themselves warn of.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 @pytest.fixture

@@ -57,9 +57,8 @@ def test_rolls_back_on_two_ranks_together(two_ranks: Ranks, tmp_path: Path, kind
     check_rollback(two_ranks.run(train, Job(str(tmp_path), kind, 120, "adamw", ROLLBACK, wreck=WRECK)))
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_rolls_back_on_four_ranks_together(four_ranks: Ranks, tmp_path: Path, kind: str) -> None:
-    check_rollback(four_ranks.run(train, Job(str(tmp_path), kind, 120, "adamw", ROLLBACK, wreck=WRECK)))
+def test_rolls_back_on_four_ranks_together(four_ranks: Ranks, tmp_path: Path) -> None:
+    check_rollback(four_ranks.run(train, Job(str(tmp_path), "ddp", 120, "adamw", ROLLBACK, wreck=WRECK)))
 
 
 def test_without_rollback_the_same_run_is_lost(tmp_path: Path) -> None:

@@ -21,8 +21,6 @@ from gradmon.sinks import JsonLines, TensorBoard
 
 __all__ = ["node"]
 
-pytestmark = pytest.mark.slow
-
 
 def told(path: Path) -> tuple[list[StepRecord], list[Event]]:
     """The records that a file of JSON lines holds; in which NaN is a string."""
