@@ -13,9 +13,9 @@ demo: ## a small training run that explodes and is kept alive, with its page (AR
 	@.ci/bootstrap core
 	$(bin)/gradmon demo $(ARGS)
 
-test: ## all tests this machine can run (ARGS="-k agent"), on up to four cores
+test: ## all tests this machine can run (ARGS="-k agent")
 	@.ci/bootstrap test
-	$(bin)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(bin)/python -m pytest $(ARGS)
 
 test-all: ## what matters of them with the oldest torch and the newest of everything; takes long
 	@.ci/bootstrap test

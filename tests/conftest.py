@@ -12,10 +12,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
 from browsing import SWITCHES
 
@@ -38,10 +34,8 @@ def _interpret_triton() -> None:
         importlib.import_module("triton.language")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    distributes = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
-    if not (distributes or torch.cuda.is_available()):  # tests/gpu need the compiled kernels
-        _interpret_triton()
+if not torch.cuda.is_available():  # tests/gpu need the compiled kernels
+    _interpret_triton()
 
 
 # A CI's background job ignores it, and so would all that tests start and end by it.

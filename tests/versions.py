@@ -25,7 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests" / "bench" / "results"
-CORE = ("tests/pure", "tests/training", "tests/launcher")
+#: What meets torch's own parts (hooks, DDP, FSDP2, optimizers, the compiler), and `gradmon run`, which wraps some.
+_PARTS = "attach ddp hooks loops optimizers precision raw_loops sharding snapshot stats"
+CORE = ("tests/launcher", *(f"tests/training/test_{name}.py" for name in _PARTS.split()))
 SHOWN = ("torch", "transformers", "accelerate", "lightning", "trl", "deepspeed")
 #: Longest that one row's tests may take. The CUDA build of torch takes seconds to import, in hundreds of processes.
 MINUTES = 60
@@ -157,10 +159,13 @@ def install(row: Row, home: Path) -> None:
 
 def versions_in(home: Path) -> tuple[dict[str, str], str]:
     """Versions of what is shown, by name, and Python's."""
-    listed = json.loads(call([home / "bin" / "python", "-m", "pip", "list", "-q", "--format", "json"]).splitlines()[-1])
-    versions = {package["name"]: package["version"] for package in listed if package["name"] in SHOWN}
-    python = call([home / "bin" / "python", "-c", "import platform; print(platform.python_version())"])
-    return versions, python.strip()
+    look = (
+        "import importlib.metadata, json, platform\n"
+        "found = {d.metadata['Name'].lower(): d.version for d in importlib.metadata.distributions()}\n"
+        "print(json.dumps([found, platform.python_version()]))"
+    )
+    found, python = json.loads(call([home / "bin" / "python", "-c", look]))
+    return {name: found[name] for name in SHOWN if name in found}, python
 
 
 def run_tests(outcome: Outcome, home: Path) -> None:
@@ -240,7 +245,7 @@ def document(outcomes: Sequence[Outcome]) -> list[str]:
     ]
     for outcome in outcomes:
         versions = " | ".join(outcome.versions.get(name, "") for name in SHOWN)
-        tests = " ".join(outcome.tests) or "they fit together"
+        tests = " ".join(outcome.tests).replace("tests/training/test_", "") or "they fit together"
         counts = ", ".join(f"{number} {what}" for what, number in outcome.counts.items())
         lines.append(
             f"| {outcome.row.what} | {versions} | {outcome.python} | {tests} | {outcome.problem or counts} "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 from pathlib import Path
 
@@ -13,17 +15,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def train(model: nn.Module, steps: int, nan_at: int = 0) -> dict[str, torch.Tensor]:
+def train(model: nn.Module, steps: int, nan_at: int = 0, micro_steps: int = 1) -> dict[str, torch.Tensor]:
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
-    for step, (context, target) in enumerate(batches(2 * steps), start=1):
-        if step % 2 != dist.get_rank():  # each rank has its own half
-            continue
-        loss = loss_of(ddp, context, target)
-        if nan_at and step > nan_at and dist.get_rank() == 1:
-            loss, nan_at = loss * float("nan"), 0
+    rank = dist.get_rank()
+    mine = itertools.islice(batches(2 * steps * micro_steps), rank, None, 2)
+    for step in range(1, steps + 1):
         optimizer.zero_grad()
-        loss.backward()
+        for micro_step in range(1, micro_steps + 1):
+            with contextlib.nullcontext() if micro_step == micro_steps else ddp.no_sync():
+                loss = loss_of(ddp, *next(mine)) / micro_steps
+                if (rank, step) == (1, nan_at):
+                    loss = loss * float("nan")
+                loss.backward()
         torch.nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
         optimizer.step()
     return {name: value.clone() for name, value in model.state_dict().items()}
@@ -36,8 +40,9 @@ args = parser.parse_args()
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 found = {}
-for name, nan_at in (("clean", 0), ("nan", args.steps)):
+trainings = {"clean": {}, "accumulated": {"micro_steps": 2}, "nan": {"nan_at": args.steps // 2}}
+for name, options in trainings.items():
     torch.manual_seed(0)
-    found[name] = train(ByteModel(), args.steps, nan_at)
+    found[name] = train(ByteModel(), args.steps, **options)
 torch.save(found, args.weights / f"{os.environ['RANK']}.pt")
 dist.destroy_process_group()

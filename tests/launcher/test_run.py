@@ -102,16 +102,24 @@ def test_an_unchanged_ddp_script_has_the_same_weights(jobs: dict[str, Job]) -> N
     assert all(r.local_grad_norm is not None and r.loss is not None for r in records), "from the first step on"
 
 
+def test_accumulation_with_no_sync_has_the_same_weights(jobs: dict[str, Job]) -> None:
+    for rank in range(2):
+        assert same(jobs["with"].weights[rank]["accumulated"], jobs["without"].weights[rank]["accumulated"])
+        journal = jobs["with"].journals[2 + rank]
+        assert [r.step for _, r in journal.steps] == list(range(1, 31)), "of two micro-steps each"
+        first = journal.steps[0][1]
+        assert first.loss == pytest.approx(math.log(256), rel=0.05), "an untrained model's, not half of it"
+        assert {r.action for _, r in journal.steps} == {"none"}
+
+
 def test_it_survives_a_nan_that_kills_it_alone(jobs: dict[str, Job]) -> None:
     assert not finite(jobs["without"].weights[0]["nan"])
     ours = [weights["nan"] for weights in jobs["with"].weights]
     assert finite(ours[0])
     assert same(*ours)
-    second = jobs["with"].journals[2:]
-    assert len(second) == 2, "a second training of the process is watched for itself"
-    skipped = [[r.step for _, r in journal.steps if r.action == "skip"] for journal in second]
-    assert len(skipped[0]) == 1
-    assert skipped[0] == skipped[1]
+    third = jobs["with"].journals[4:]
+    assert len(third) == 2, "each training of the process is watched for itself"
+    assert [[r.step for _, r in journal.steps if r.action == "skip"] for journal in third] == [[15], [15]]
     assert "NaN and 0 Inf gradient elements on rank 1" in jobs["with"].said
 
 
