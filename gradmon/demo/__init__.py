@@ -23,6 +23,7 @@ from typing import get_args
 
 from gradmon import rules
 from gradmon.agent.launch import agent_address, wait_for_agent
+from gradmon.config import load
 from gradmon.identity import choose_directory, page_hint
 from gradmon.journal import read_journal
 from gradmon.record import Event, LossReason
@@ -50,7 +51,7 @@ class DemoOptions:
 
 def run_demo(options: DemoOptions) -> int:
     """Run it; the exit code is torchrun's."""
-    directory = choose_directory(options.directory, os.environ)
+    directory = choose_directory(options.directory or load().config.dir, os.environ)
     if options.directory is None:
         directory = choose_directory(str(directory / "demo"), os.environ)  # never among the user's own runs
     agent = None

@@ -285,6 +285,7 @@ def test_demo(node: Node) -> None:
     assert "Validation loss: nan   <- the weights are NaN" in ruined
     assert "The run is ruined" in ruined
     assert "only watched; would have skipped the step" in ruined
+    assert len(list((node.journals / "demo").rglob("rank-00001.db"))) == 2, "where GRADMON_DIR says"
     assert agent_address(node.journals / "demo") is None, "the demo's agent ends with it"
 
 
