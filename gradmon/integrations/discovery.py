@@ -1,7 +1,8 @@
 """What this process trains: models and optimizers, found among its living objects.
 
 torch tells of optimizers only when they step, and of finished modules not at all. So where gradmon has to find them,
-it looks once through what the garbage collector tracks (some 50 ms), and takes of it what belongs together.
+it looks once through what the garbage collector tracks (0.15 s for 350,000 objects, measured on a slow core), and takes
+of it what belongs together.
 
 Words used here: a *root* is a module that no other module holds.
 """
