@@ -259,6 +259,12 @@ def test_a_compiled_clip_is_not_in_the_way(directory: Path) -> None:
     model = toy.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     clip = torch.compile(lambda p: nn.utils.clip_grad_norm_(p, 0.1), backend="eager", fullgraph=True)
+    try:
+        backward(model)
+        clip(list(model.parameters()))
+    except torch._dynamo.exc.Unsupported:
+        pytest.skip("this torch can't compile its own clip (2.6 can't)")
+    torch.compiler.reset()
     with gradmon.attach(model, optimizer):
         optimizer.zero_grad()
         backward(model)
