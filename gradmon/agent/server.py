@@ -204,8 +204,9 @@ class _Agent:
             if ipaddress.ip_address(self._facts["host"]).is_loopback:
                 logger.warning("a Prometheus on another host can't reach %s; cure: --listen 0.0.0.0", target)
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self._server.should_exit = True
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self._serves_on(number):
+            self._server.should_exit = True
 
     def _serves_on(self, number: int) -> bool:
         """Whether this signal is answered by serving on for the linger time, so that the last values are scraped.
