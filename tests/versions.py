@@ -238,14 +238,15 @@ def document(outcomes: Sequence[Outcome]) -> list[str]:
         "# Versions",
         "",
         f"`python tests/versions.py`; {datetime.date.today().isoformat()}; {processor()}, {os.cpu_count()} cores; "
-        f"{platform.system()}; no GPU is used. Each row has a virtual environment of its own.",
+        f"{platform.system()}; no GPU is used. Each row has a virtual environment of its own. "
+        "Words alone are files of tests/training.",
         "",
         "| what | " + " | ".join(SHOWN) + " | Python | tests | outcome | minutes |",
         "|---|" + "---|" * len(SHOWN) + "---|---|---|---:|",
     ]
     for outcome in outcomes:
         versions = " | ".join(outcome.versions.get(name, "") for name in SHOWN)
-        tests = " ".join(outcome.tests).replace("tests/training/test_", "") or "they fit together"
+        tests = " ".join(outcome.tests).replace("tests/training/test_", "").replace(".py", "") or "they fit together"
         counts = ", ".join(f"{number} {what}" for what, number in outcome.counts.items())
         lines.append(
             f"| {outcome.row.what} | {versions} | {outcome.python} | {tests} | {outcome.problem or counts} "

@@ -117,7 +117,7 @@ def contents(value: Tensor) -> Contents | None:
             tuple(rows),
             x.shape[0] if rows else 0,
         )
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # also NotImplementedError: a tensor without numbers, or without these operations
         return None
 
 
@@ -434,7 +434,7 @@ def _together(parts: list[Contents]) -> Contents:
 def _storage(value: Tensor) -> int:
     try:
         return value.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse tensors have none
+    except RuntimeError:  # also NotImplementedError: sparse tensors have none
         return 0
 
 

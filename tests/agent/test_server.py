@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sqlite3
+import subprocess
 import threading
 import time
 import urllib.error
@@ -186,6 +187,19 @@ def test_a_second_signal_and_ctrl_c_end_it_at_once(tmp_path):
     with AgentProcess(tmp_path, linger=600) as agent:
         assert agent.address
         assert agent.end(signal.SIGINT)[0] == 0
+
+
+def test_a_first_signal_before_it_serves_is_a_sidecars_too(tmp_path):
+    early = (
+        "import os, signal\nfrom gradmon.agent import server\n"
+        "server._Agent._announce = lambda self: os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    with AgentProcess(tmp_path, linger=600, prelude=early) as agent:
+        assert agent.address
+        with pytest.raises(subprocess.TimeoutExpired):
+            agent.wait(3)
+        assert agent.get("/metrics")
+        assert agent.end(signal.SIGTERM)[0] == 0
 
 
 def test_a_spawned_one_ends_at_once_when_told(tmp_path):

@@ -125,7 +125,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
     return output
 
